@@ -1,0 +1,147 @@
+"""From packed words to the A operand's registers, for each kind of weights. What the bits mean is in kernel_gen.layouts.
+
+BF16 math: codes u become (u - z), exact in bf16, then times the group's scale where there is one (a per-channel scale waits for the epilogue).
+The integer u sits in the mantissa of bf16 128 + u (u < 16), or of float32 2^23 + u (8 bits), so that no conversion instruction runs.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from kernel_gen.kernels import ptx
+
+BF16_128 = 0x43004300  # bf16 pair (128, 128): ulp 1, low mantissa bits hold u
+BF16_ONE = 0x3F803F80
+BF16_MINUS_ONE = 0xBF80BF80
+BF16_MINUS_128 = 0xC300C300
+BF16_MINUS_ZERO = 0x80008000
+
+
+class Bf16Weights:
+    """Weights for BF16 math: num_bits 2, 3, 4, 8 or 16, optional zero points and group scales."""
+
+    def __init__(self, num_bits: int, zero_points: bool, group_scales: bool, unit_bytes: int) -> None:
+        self.num_bits, self.zero_points, self.group_scales, self.unit_bytes = (
+            num_bits,
+            zero_points,
+            group_scales,
+            unit_bytes,
+        )
+        self.words = 4 if num_bits == 16 else num_bits  # 16 bits: fetched a k-step at a time
+
+    def constants(self):
+        """Registers that every k-tile needs; kept by the mainloop."""
+        return (
+            ptx.pinned(BF16_128),
+            ptx.pinned(BF16_ONE),
+            ptx.pinned(BF16_MINUS_ZERO),
+            ptx.pinned(BF16_MINUS_ONE),
+            ptx.pinned(BF16_MINUS_128),
+        )
+
+    @cute.jit
+    def load(self, words, m: cutlass.Constexpr, base, block, lane, ks: cutlass.Constexpr):
+        """Words of one m16 block (its number in the tile) from the stage at `base`; ks is used with 16 bits only."""
+        unit = base + (block // 4) * self.unit_bytes
+        w = block % 4
+        if const_expr(self.num_bits == 16):
+            got = ptx.lds128(unit + w * 2048 + ks * 512 + lane * 16)
+            for j in cutlass.range_constexpr(4):
+                words[j, m] = got[j]
+        if const_expr(self.num_bits == 8):
+            for half in cutlass.range_constexpr(2):
+                got = ptx.lds128(unit + w * 1024 + half * 512 + lane * 16)
+                for j in cutlass.range_constexpr(4):
+                    words[4 * half + j, m] = got[j]
+        if const_expr(self.num_bits == 4):
+            got = ptx.lds128(unit + w * 512 + lane * 16)
+            for j in cutlass.range_constexpr(4):
+                words[j, m] = got[j]
+        if const_expr(self.num_bits <= 3):
+            got = ptx.lds64(unit + w * 256 + lane * 8)
+            words[0, m] = got[0]
+            words[1, m] = got[1]
+        if const_expr(self.num_bits == 3):
+            words[2, m] = ptx.lds32(unit + 1024 + w * 128 + lane * 4)
+
+    def bias(self, zero_pair, consts):
+        """What is added to the magic number to leave u - z: bf16 pair for up to 4 bits, two floats for 8.
+
+        zero_pair holds the zero points of rows g (low) and g + 8 (high); without zero points it is ignored.
+        """
+        if self.num_bits == 16:
+            return None
+        if self.num_bits == 8:
+            if not self.zero_points:
+                return (Float32(-(2.0**23) - 128.0), Float32(-(2.0**23) - 128.0))
+            low, high = ptx.bf16_low_to_f32(zero_pair), ptx.bf16_high_to_f32(zero_pair)
+            return (Float32(-(2.0**23)) - low, Float32(-(2.0**23)) - high)
+        if not self.zero_points:
+            bits = {4: 0xC308, 3: 0xC304, 2: 0xC302}[self.num_bits]  # -(128 + 2^(b-1))
+            packed = ptx.pinned(bits << 16 | bits)
+            return (packed, packed)
+        both = ptx.fma_bf16x2(zero_pair, consts[3], consts[4])  # -(z + 128): below 256, exact
+        return (ptx.broadcast_low(both), ptx.broadcast_high(both))
+
+    def codes(self, words, m, ks, r, consts):
+        """bf16 pair 128 + u for register r of k-step ks (2 to 4 bits)."""
+        if self.num_bits == 4:
+            return ptx.and_or(_shift(words[ks, m], 4 * r), 0x000F000F, consts[0])
+        low = ptx.and_or(_shift(words[ks >> 1, m], 2 * (r + 4 * (ks & 1))), 0x00030003, consts[0])
+        if self.num_bits == 2:
+            return low
+        return ptx.and_or(_shift(words[2, m], r + 4 * ks - 2), 0x00040004, low)
+
+    def decode(self, words, m, ks, scale_pair, bias, consts):
+        """The four A registers of k-step ks. scale_pair: bf16 scales of rows g and g + 8 as one word, or None."""
+        if self.num_bits == 16:
+            return [words[r, m] for r in range(4)]
+        out = []
+        for r in range(4):
+            if self.num_bits == 8:
+                word = words[2 * ks + (r >> 1), m]
+                b = bias[r & 1]
+                pair = ptx.pack_bf16(
+                    ptx.byte_to_magic_f32(word, 2 * (r & 1)) + b, ptx.byte_to_magic_f32(word, 2 * (r & 1) + 1) + b
+                )
+            else:
+                pair = ptx.fma_bf16x2(self.codes(words, m, ks, r, consts), consts[1], bias[r & 1])
+            if self.group_scales:
+                scale = ptx.broadcast_high(scale_pair) if r & 1 else ptx.broadcast_low(scale_pair)
+                pair = ptx.fma_bf16x2(pair, scale, consts[2])
+            out.append(pair)
+        return out
+
+
+class NarrowWeights:
+    """Weights of INT8, E4M3 and INT4 math: used as they lie, except 4-bit weights of INT8 math, which become 16 q (the scale takes 1/16)."""
+
+    def __init__(self, num_bits: int, k_steps: int, unit_bytes: int, widen: bool) -> None:
+        self.num_bits, self.k_steps, self.unit_bytes, self.widen = num_bits, k_steps, unit_bytes, widen
+
+    @cute.jit
+    def load(self, regs, m: cutlass.Constexpr, base, block, lane, ks: cutlass.Constexpr):
+        """The four A registers of k-step ks for one m16 block; widened weights come for two k-steps, on even ks."""
+        unit = base + (block // 4) * self.unit_bytes
+        w = block % 4
+        if const_expr(self.widen):
+            if const_expr(ks % 2 == 0):
+                got = ptx.lds128(unit + w * 1024 + (ks // 2) * 512 + lane * 16)
+                for j in cutlass.range_constexpr(4):
+                    regs[2 * j, m] = (got[j] << 4) & Int32(-0x0F0F0F10)
+                    regs[2 * j + 1, m] = got[j] & Int32(-0x0F0F0F10)
+        else:
+            got = ptx.lds128(unit + w * (512 * self.k_steps) + ks * 512 + lane * 16)
+            for j in cutlass.range_constexpr(4):
+                regs[j, m] = got[j]
+
+    def fragment(self, regs, m, ks):
+        first = 4 * (ks % 2) if self.widen else 0
+        return [regs[first + r, m] for r in range(4)]
+
+
+def _shift(word, amount):
+    """Right by amount, left if it is negative."""
+    if amount == 0:
+        return word
+    return word >> amount if amount > 0 else word << -amount

@@ -1,0 +1,143 @@
+"""The k loop of one scheme: wait for a stage, let the loader go on, multiply. One class a kind of math; the kernel picks one per tile, outside the loop."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from kernel_gen.kernels import ptx
+from kernel_gen.kernels.dequant import Bf16Weights, NarrowWeights
+from kernel_gen.kernels.loads import swizzle
+from kernel_gen.layouts import ActivationKind
+from profiles.gpus import Math
+
+MAGIC_INT = 0x4B400000  # float32 1.5 * 2^23 as an integer start value: the sum read as a float is 1.5 * 2^23 + sum, exact below 2^22
+MAGIC_FLOAT = 12582912.0
+
+
+class Mainloop:
+    """Warp tile of m_blocks x n_blocks m16n8 accumulators."""
+
+    def __init__(self, facts, stage, warps_m: int, m_blocks: int, n_blocks: int) -> None:
+        self.facts, self.stage = facts, stage
+        self.warps_m, self.m_blocks, self.n_blocks = warps_m, m_blocks, n_blocks
+        self.math = facts.math
+        self.chunks = facts.x_row_bytes // 16
+        self.k_steps = self.chunks // 2  # an MMA takes 32 bytes of a token's row
+        self.grouped = facts.has_group_scales and self.math is not Math.BF16
+        self.token_groups = facts.activation is ActivationKind.INT4_GROUP
+        self.widen = self.math is Math.INT8 and facts.weight_bits == 4
+        if self.math is Math.BF16:
+            self.weights = Bf16Weights(
+                facts.weight_bits, facts.has_zero_points, facts.has_group_scales, facts.unit_bytes
+            )
+        else:
+            self.weights = NarrowWeights(facts.weight_bits, self.k_steps, facts.unit_bytes, self.widen)
+
+    @property
+    def integer(self) -> bool:
+        return self.math in (Math.INT8, Math.INT4)
+
+    @cute.jit
+    def tokens(self, fragments, stage, warp_n, lane, ks: cutlass.Constexpr):
+        """B fragments of k-step ks for the warp's n_blocks: rows of 16 tokens by ldmatrix."""
+        row = warp_n * (8 * self.n_blocks) + (lane & 7) + ((lane >> 4) << 3)
+        chunk = 2 * ks + ((lane >> 3) & 1)
+        if const_expr(self.n_blocks == 1):
+            row = warp_n * 8 + (lane & 7)
+        address = stage + self.stage.x_offset + row * (self.chunks * 16) + (swizzle(row, chunk, self.chunks) << 4)
+        if const_expr(self.n_blocks == 1):
+            got = ptx.ldmatrix_x2(address)
+            fragments[0, 0] = got[0]
+            fragments[1, 0] = got[1]
+        else:
+            for pair in cutlass.range_constexpr(self.n_blocks // 2):
+                got = ptx.ldmatrix_x4(address + pair * 16 * (self.chunks * 16))
+                for j in cutlass.range_constexpr(2):
+                    fragments[j, 2 * pair] = got[j]
+                    fragments[j, 2 * pair + 1] = got[2 + j]
+
+    @cute.jit
+    def multiply(self, acc, a, fragments, m: cutlass.Constexpr, fresh: cutlass.Constexpr):
+        """One m16 block against all token blocks. fresh: start from MAGIC_INT instead of the sum so far."""
+        for n in cutlass.range_constexpr(self.n_blocks):
+            c = [acc[i, m, n] for i in range(4)]
+            if const_expr(fresh):
+                c = [Int32(MAGIC_INT)] * 4
+            d = ptx.mma_sync(self.math.value, a, [fragments[0, n], fragments[1, n]], c)
+            for i in cutlass.range_constexpr(4):
+                acc[i, m, n] = d[i]
+
+    @cute.jit
+    def step(self, state, stage, warp_m, warp_n, lane):
+        """One k-tile."""
+        if const_expr(self.math is Math.BF16):
+            self.step_bf16(state, stage, warp_m, warp_n, lane)
+        else:
+            self.step_narrow(state, stage, warp_m, warp_n, lane)
+
+    @cute.jit
+    def step_bf16(self, state, stage, warp_m, warp_n, lane):
+        acc, words, fragments, scales, zeros, consts = state
+        strip_at = (lane // 4) * 4
+        biases = [None] * self.m_blocks
+        for m in cutlass.range_constexpr(self.m_blocks):
+            block = warp_m * self.m_blocks + m
+            if const_expr(self.facts.weight_bits != 16):
+                self.weights.load(words, m, stage, block, lane, 0)
+            if const_expr(self.facts.has_group_scales):
+                scales[m] = ptx.lds32(stage + self.stage.scale_offset + block * 32 + strip_at)
+            if const_expr(self.facts.has_zero_points and self.facts.has_group_scales):
+                zeros[m] = ptx.lds32(stage + self.stage.zero_offset + block * 32 + strip_at)
+            biases[m] = self.weights.bias(zeros[m], consts)
+        for ks in cutlass.range_constexpr(self.k_steps):
+            self.tokens(fragments, stage, warp_n, lane, ks)
+            for m in cutlass.range_constexpr(self.m_blocks):
+                if const_expr(self.facts.weight_bits == 16):
+                    self.weights.load(words, m, stage, warp_m * self.m_blocks + m, lane, ks)
+                a = self.weights.decode(words, m, ks, scales[m], biases[m], consts)
+                self.multiply(acc, a, fragments, m, False)
+
+    @cute.jit
+    def step_narrow(self, state, stage, warp_m, warp_n, lane):
+        acc, words, fragments, sums = state
+        for ks in cutlass.range_constexpr(self.k_steps):
+            self.tokens(fragments, stage, warp_n, lane, ks)
+            for m in cutlass.range_constexpr(self.m_blocks):
+                self.weights.load(words, m, stage, warp_m * self.m_blocks + m, lane, ks)
+                a = self.weights.fragment(words, m, ks)
+                self.multiply(sums if self.grouped else acc, a, fragments, m, self.grouped and ks == 0)
+        if const_expr(self.grouped):
+            self.scale_group(acc, sums, stage, warp_m, warp_n, lane)
+
+    @cute.jit
+    def scale_group(self, acc, sums, stage, warp_m, warp_n, lane):
+        """acc += (this group's integer sums) * weight scale * activation scale of the group, in float32."""
+        for m in cutlass.range_constexpr(self.m_blocks):
+            block = warp_m * self.m_blocks + m
+            pair = ptx.lds32(stage + self.stage.scale_offset + block * 32 + (lane // 4) * 4)
+            row_scales = (ptx.bf16_low_to_f32(pair), ptx.bf16_high_to_f32(pair))
+            for n in cutlass.range_constexpr(self.n_blocks):
+                columns = (Float32(1.0), Float32(1.0))
+                if const_expr(self.token_groups):
+                    token = warp_n * (8 * self.n_blocks) + n * 8 + (lane % 4) * 2
+                    columns = ptx.lds64_f32(stage + self.stage.sx_offset + token * 4)
+                for i in cutlass.range_constexpr(4):
+                    value = ptx.bits_to_f32(sums[i, m, n]) - Float32(MAGIC_FLOAT)
+                    scale = row_scales[i // 2]
+                    if const_expr(self.token_groups):
+                        scale = scale * columns[i % 2]
+                    acc[i, m, n] = acc[i, m, n] + value * scale
+
+    def registers(self):
+        """Register tensors of one tile: what `step` takes as state."""
+        float_sums = not self.integer or self.grouped
+        acc = cute.make_rmem_tensor((4, self.m_blocks, self.n_blocks), Float32 if float_sums else Int32)
+        fragments = cute.make_rmem_tensor((2, self.n_blocks), Int32)
+        if self.math is Math.BF16:
+            words = cute.make_rmem_tensor((self.weights.words, self.m_blocks), Int32)
+            scales = cute.make_rmem_tensor((self.m_blocks,), Int32)
+            zeros = cute.make_rmem_tensor((self.m_blocks,), Int32)
+            return acc, words, fragments, scales, zeros, self.weights.constants()
+        words = cute.make_rmem_tensor((8 if self.widen else 4, self.m_blocks), Int32)
+        sums = cute.make_rmem_tensor((4, self.m_blocks, self.n_blocks), Int32) if self.grouped else acc
+        return acc, words, fragments, sums

@@ -1,0 +1,176 @@
+"""The PTX instructions that the kernels use, one function each. Addresses are shared-memory Int32 or global Int64 bytes."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+
+_ptx = cute.arch.inline_ptx
+
+
+def lds32(addr):
+    return _ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[addr])
+
+
+def lds64(addr):
+    return _ptx("ld.shared.v2.b32 {{$w0},{$w1}}, [{$r0}];", write_only_types=[Int32] * 2, read_only_args=[addr])
+
+
+def lds128(addr):
+    return _ptx(
+        "ld.shared.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];", write_only_types=[Int32] * 4, read_only_args=[addr]
+    )
+
+
+def lds64_f32(addr):
+    return _ptx("ld.shared.v2.f32 {{$w0},{$w1}}, [{$r0}];", write_only_types=[Float32] * 2, read_only_args=[addr])
+
+
+def sts32(addr, value):
+    _ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[addr, value])
+
+
+def sts128(addr, a, b, c, d):
+    _ptx("st.shared.v4.b32 [{$r0}], {{$r1},{$r2},{$r3},{$r4}};", read_only_args=[addr, a, b, c, d])
+
+
+def ldg32(addr):
+    return _ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[addr])
+
+
+def ldg64(addr):
+    return _ptx("ld.global.b64 {$w0}, [{$r0}];", write_only_types=[Int64], read_only_args=[addr])
+
+
+def ldg_f32(addr):
+    return _ptx("ld.global.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[addr])
+
+
+def stg32(addr, value):
+    _ptx("st.global.b32 [{$r0}], {$r1};", read_only_args=[addr, value])
+
+
+def ldmatrix_x4(addr):
+    return _ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[addr],
+    )
+
+
+def ldmatrix_x2(addr):
+    return _ptx(
+        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {{$w0},{$w1}}, [{$r0}];",
+        write_only_types=[Int32] * 2,
+        read_only_args=[addr],
+    )
+
+
+def movmatrix_trans(value):
+    """Transpose an 8x8 matrix of 16-bit elements spread over a warp."""
+    return _ptx(
+        "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value]
+    )
+
+
+def cp_async_16(smem, gmem, num_bytes):
+    """Copy num_bytes (0..16) and fill the rest of the 16 with zeros; with 0 the address is not read."""
+    _ptx("cp.async.cg.shared.global.L2::128B [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[smem, gmem, num_bytes])
+
+
+def cp_async_4(smem, gmem, num_bytes):
+    _ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};", read_only_args=[smem, gmem, num_bytes])
+
+
+def pack_bf16(low, high):
+    return _ptx("cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[high, low])
+
+
+def bits_to_f32(value):
+    return _ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+
+
+def int_to_f32(value):
+    return _ptx("cvt.rn.f32.s32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+
+
+def bf16_low_to_f32(pair):
+    return bits_to_f32(pair << 16)
+
+
+def bf16_high_to_f32(pair):
+    return bits_to_f32(pair & Int32(-65536))
+
+
+def and_or(value, mask, bits):
+    """(value & mask) | bits in one lop3."""
+    return _ptx(
+        "lop3.b32 {$w0}, {$r0}, " + hex(mask) + ", {$r1}, 0xEA;", write_only_types=[Int32], read_only_args=[value, bits]
+    )
+
+
+def byte_to_magic_f32(word, index):
+    """Float 2^23 + byte `index` of word: one byte permute, no conversion instruction."""
+    selector = hex(0x7650 | index)
+    return _ptx(
+        "{.reg .b32 t; prmt.b32 t, {$r0}, 0x4B000000, " + selector + "; mov.b32 {$w0}, t;}",
+        write_only_types=[Float32],
+        read_only_args=[word],
+    )
+
+
+def fma_bf16x2(a, b, c):
+    """add and mul.bf16x2 need sm_90; fma is there from sm_80 on, and as fast."""
+    return _ptx("fma.rn.bf16x2 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Int32], read_only_args=[a, b, c])
+
+
+def broadcast_low(pair):
+    return _ptx("prmt.b32 {$w0}, {$r0}, {$r0}, 0x1010;", write_only_types=[Int32], read_only_args=[pair])
+
+
+def broadcast_high(pair):
+    return _ptx("prmt.b32 {$w0}, {$r0}, {$r0}, 0x3232;", write_only_types=[Int32], read_only_args=[pair])
+
+
+def pinned(value):
+    """A constant the compiler cannot see through: it stays in a register instead of a fresh move at each use."""
+    tid, _, _ = cute.arch.thread_idx()
+    return _ptx(
+        "lop3.b32 {$w0}, {$r0}, 0x80000000, " + hex(value & 0xFFFFFFFF) + ", 0xEA;",
+        write_only_types=[Int32],
+        read_only_args=[tid],
+    )
+
+
+def count_le(value, bound):
+    """How many lanes of the warp hold value <= bound."""
+    return _ptx(
+        "{.reg .pred p; .reg .b32 m; setp.le.s32 p, {$r0}, {$r1}; vote.sync.ballot.b32 m, p, 0xffffffff; popc.b32 {$w0}, m;}",
+        write_only_types=[Int32],
+        read_only_args=[value, bound],
+    )
+
+
+def shuffle_up(value, delta):
+    return _ptx(
+        "shfl.sync.up.b32 {$w0}, {$r0}, " + str(delta) + ", 0, 0xffffffff;",
+        write_only_types=[Int32],
+        read_only_args=[value],
+    )
+
+
+_MMA = {
+    "bf16": ("m16n8k16", "f32.bf16.bf16.f32", Float32),
+    "int8": ("m16n8k32", "s32.s8.s8.s32", Int32),
+    "e4m3": ("m16n8k32", "f32.e4m3.e4m3.f32", Float32),
+    "int4": ("m16n8k64", "s32.s4.s4.s32", Int32),
+}
+
+
+def mma_sync(math, a, b, c):
+    """One warp's m16n8 product: a 4 registers, b 2, c 4; returns the 4 of the sum. `math` is profiles.gpus.Math.value."""
+    shape, types, acc_type = _MMA[math]
+    return _ptx(
+        f"mma.sync.aligned.{shape}.row.col.{types} "
+        "{{$w0},{$w1},{$w2},{$w3}}, {{$r0},{$r1},{$r2},{$r3}}, {{$r4},{$r5}}, {{$r6},{$r7},{$r8},{$r9}};",
+        write_only_types=[acc_type] * 4,
+        read_only_args=[*a, *b, *c],
+    )
