@@ -1,4 +1,4 @@
-"""Shared memory of a kernel: what lies where in one pipeline stage. The device code, the legality rules and the latency model's inputs read this.
+"""Shared memory of a kernel: what lies where in one pipeline stage. Read by the device code and by the legality rules.
 
 A stage holds one k-tile of weights, then (128-byte aligned, for the swizzle) the tokens' k-tile, then what dequantisation needs:
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kernel_gen.layouts import ActivationKind, layout_of, round_up
+from kernel_gen.layouts import layout_of, round_up
 from profiles.kernels import KernelConfig
 from profiles.schemes import QuantScheme
 
@@ -47,13 +47,13 @@ def stage_layout(config: KernelConfig, scheme: QuantScheme) -> StageLayout:
     layout = layout_of(scheme)
     w_bytes = _part(rows * layout.k_tile * layout.weight_bits // 8)
     x_offset = round_up(w_bytes, STAGE_ALIGNMENT_BYTES)
-    x_bytes = _part(tokens * layout.x_row_bytes_per_k_tile)
+    x_bytes = _part(tokens * layout.x_row_bytes)
     scale_offset = x_offset + x_bytes
     scale_bytes = _part(rows * BYTES_PER_STRIP_ROW) if layout.has_group_scales else 0
     zero_offset = scale_offset + scale_bytes
     zero_bytes = _part(rows * BYTES_PER_STRIP_ROW) if layout.has_group_scales and layout.has_zero_points else 0
     sx_offset = zero_offset + zero_bytes
-    sx_bytes = _part(tokens * BYTES_PER_TOKEN_SCALE) if layout.activation is ActivationKind.INT4_GROUP else 0
+    sx_bytes = _part(tokens * BYTES_PER_TOKEN_SCALE) if layout.activation_groups else 0
     return StageLayout(
         w_bytes=w_bytes,
         x_offset=x_offset,

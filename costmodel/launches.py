@@ -1,0 +1,146 @@
+"""Launches as the analytic model takes them: one by one as objects, or thousands as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from costmodel.constants import MMA_K
+from costmodel.facts import BuildFacts
+from costmodel.work import expert_weight_bytes, split_load, tile_work, token_bytes
+from profiles.errors import SpecError
+from profiles.gpus import Math
+from profiles.kernels import Family, GemmShape, KernelConfig, Raster
+from profiles.loads import TokenLoad
+from profiles.schemes import QuantScheme
+
+FLOPS_PER_MMA_K1 = 2.0 * 16 * 8
+"""Operations of an m16n8 MMA for each k."""
+MAX_SLOTS = 4
+_MATH_INDEX = {math: index for index, math in enumerate(Math)}
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One grouped GEMM: `schemes` is one scheme per expert of the load, or a single one for all. `shape.m` is not read: the load holds the tokens."""
+
+    shape: GemmShape
+    load: TokenLoad
+    schemes: tuple[QuantScheme, ...]
+    config: KernelConfig
+    facts: BuildFacts
+
+    def __post_init__(self) -> None:
+        experts = len(self.load.tokens_per_expert)
+        if len(self.schemes) not in (1, experts):
+            raise SpecError(f"{len(self.schemes)} schemes for {experts} experts: give one per expert, or one for all")
+        if len(set(self.schemes)) > MAX_SLOTS:
+            raise SpecError(f"{len(set(self.schemes))} different schemes in a launch: a kernel holds at most {MAX_SLOTS}")
+        if self.facts.ctas_per_sm < 1:
+            raise SpecError(f"{self.config.name}: build facts say that no CTA fits an SM, so it has no latency")
+
+    def slots(self) -> list[tuple[QuantScheme, tuple[int, ...]]]:
+        """Each distinct scheme and its experts' tokens."""
+        tokens = self.load.tokens_per_expert
+        if len(self.schemes) == 1:
+            return [(self.schemes[0], tokens)]
+        by_scheme: dict[QuantScheme, list[int]] = {}
+        for scheme, count in zip(self.schemes, tokens, strict=True):
+            by_scheme.setdefault(scheme, []).append(count)
+        return [(scheme, tuple(counts)) for scheme, counts in by_scheme.items()]
+
+
+# Columns filled per slot and per launch, by the names of LaunchTable.
+_SLOT_COLUMNS = (
+    "num_tokens", "num_active", "num_token_tiles", "max_tokens", "num_tiles", "num_k_tiles", "mma_k", "k_steps", "k_tile_mmas", "k_tile_instructions",
+    "k_tile_smem_bytes", "k_tile_weight_bytes", "k_tile_token_bytes", "mmas_per_k_step_of_a_warp", "epilogue_instructions", "output_bytes",
+    "expert_weight_bytes", "token_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchTable:
+    """R launches in columns: [R], or [R, S] with S slots (distinct schemes of a launch); unused slots hold zeros and `used` is false."""
+
+    n: Array
+    k: Array
+    num_experts: Array
+    ctas_per_sm: Array
+    num_warps: Array
+    num_stages: Array
+    num_feature_tiles: Array
+    is_along_tokens: npt.NDArray[np.bool_]
+    is_mma_family: npt.NDArray[np.bool_]
+    used: npt.NDArray[np.bool_]
+    math_index: npt.NDArray[np.intp]
+    num_tokens: Array
+    num_active: Array
+    num_token_tiles: Array
+    max_tokens: Array
+    num_tiles: Array
+    num_k_tiles: Array
+    mma_k: Array
+    k_steps: Array
+    k_tile_mmas: Array
+    k_tile_instructions: Array
+    k_tile_smem_bytes: Array
+    k_tile_weight_bytes: Array
+    k_tile_token_bytes: Array
+    mmas_per_k_step_of_a_warp: Array
+    epilogue_instructions: Array
+    output_bytes: Array
+    expert_weight_bytes: Array
+    token_bytes: Array
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    @classmethod
+    def of(cls, launches: Sequence[Launch]) -> LaunchTable:
+        """The columns of these launches, in order."""
+        slots = [launch.slots() for launch in launches]
+        width = max((len(row) for row in slots), default=1)
+        filled = np.zeros((len(_SLOT_COLUMNS), len(launches), width))
+        used = np.zeros((len(launches), width), dtype=np.bool_)
+        math_index = np.zeros((len(launches), width), dtype=np.intp)
+        for row, (launch, of_launch) in enumerate(zip(launches, slots, strict=True)):
+            for slot, (scheme, tokens) in enumerate(of_launch):
+                filled[:, row, slot] = _slot_values(launch, scheme, tokens)
+                math_index[row, slot] = _MATH_INDEX[scheme.math]
+                used[row, slot] = True
+        configs = [launch.config for launch in launches]
+        return cls(
+            n=_column([launch.shape.n for launch in launches]),
+            k=_column([launch.shape.k for launch in launches]),
+            num_experts=_column([len(launch.load.tokens_per_expert) for launch in launches]),
+            ctas_per_sm=_column([launch.facts.ctas_per_sm for launch in launches]),
+            num_warps=_column([config.warps.num_warps for config in configs]),
+            num_stages=_column([config.num_stages for config in configs]),
+            num_feature_tiles=_column([-(-launch.shape.n // launch.config.tile.m) for launch in launches]),
+            is_along_tokens=np.asarray([config.raster is Raster.ALONG_TOKENS for config in configs], dtype=np.bool_),
+            is_mma_family=np.asarray([config.family is Family.MMA for config in configs], dtype=np.bool_),
+            used=used,
+            math_index=math_index,
+            **dict(zip(_SLOT_COLUMNS, filled, strict=True)),
+        )
+
+
+def _column(values: Sequence[int]) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -> tuple[float, ...]:
+    """The values of _SLOT_COLUMNS, in order."""
+    shape, config = launch.shape, launch.config
+    work, split = tile_work(config, scheme), split_load(tokens, config.tile.n)
+    feature_tiles = -(-shape.n // config.tile.m)
+    return (
+        split.num_tokens, split.num_active_experts, split.num_token_tiles, split.max_tokens, split.num_token_tiles * feature_tiles,
+        -(-shape.k // work.k_tile), MMA_K[scheme.math], work.k_steps, work.k_tile_mmas, work.k_tile_instructions,
+        work.k_tile_smem_bytes, work.k_tile_weight_bytes, work.k_tile_token_bytes, work.mmas_per_k_step_of_a_warp,
+        work.epilogue_instructions, work.output_bytes, expert_weight_bytes(scheme, shape.n, shape.k), token_bytes(scheme, shape.k),
+    )  # fmt: skip
