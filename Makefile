@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help sweep test lint gpu-test bench bench-baseline clean
+.PHONY: help sweep test lint gpu-test bench bench-run bench-baseline clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,6 +31,7 @@ SWEEP_OUT := $(BUILD)/sweep/$(GPU)-$(MODEL)
 # Predicting needs no torch. Measuring does, and only a machine whose driver lists a GPU can measure.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q . && echo yes)
 SWEEP_EXTRAS := compile$(if $(HAS_GPU),$(comma)torch)
+SWEEP_STAMP := $(VENV)/.sweep$(if $(HAS_GPU),-gpu)
 TEST_EXTRAS := compile,torch,allocator,ray,dev
 
 help:
@@ -45,7 +46,7 @@ $(VENV)/.created:
 	  { echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@touch $@
 
-$(VENV)/.sweep: $(VENV)/.created pyproject.toml
+$(SWEEP_STAMP): $(VENV)/.created pyproject.toml
 	@echo "* installing bitile[$(SWEEP_EXTRAS)] into $(VENV), a few minutes the first time"
 	@$(PIP_INSTALL) --editable '.[$(SWEEP_EXTRAS)]'
 	@touch $@
@@ -55,7 +56,7 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml
 	@$(PIP_INSTALL) --editable '.[$(TEST_EXTRAS)]'
 	@touch $@
 
-sweep: $(VENV)/.sweep
+sweep: $(SWEEP_STAMP)
 	@echo "* sweeping $(MODEL) on $(GPU), effort $(EFFORT); results in $(SWEEP_OUT)"
 	@$(BIN)/python -m kernel_gen.sweep --gpu $(GPU) --model $(MODEL) --effort $(EFFORT) --out $(SWEEP_OUT) $(SWEEP_ARGS)
 
@@ -76,14 +77,16 @@ test: lint
 gpu-test:
 	@tests/run_gpu.sh $(PYTHON)
 
-bench: $(VENV)/.test
+bench-run: $(VENV)/.test
 	@echo "* pytest-benchmark: speed on this machine"
 	@mkdir -p $(BUILD)
 	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(BUILD)/bench.json
-	@echo "* against the stored baseline"
-	@$(BIN)/python -m bench.compare --stored $(BUILD)/bench.json
 
-bench-baseline: bench
+bench: bench-run
+	@echo "* against the stored baseline"
+	@$(BIN)/python -m bench.compare bench/baselines $(BUILD)/bench.json
+
+bench-baseline: bench-run
 	@$(BIN)/python -m bench.compare --store $(BUILD)/bench.json
 
 clean:

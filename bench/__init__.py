@@ -1,0 +1,4 @@
+"""Speed of BiTile itself: pytest-benchmark suites, and their comparison with a baseline for each kind of machine.
+
+`make bench` runs the suites that this machine can run and compares them with `bench/baselines/<machine kind>.json`.
+"""
