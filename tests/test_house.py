@@ -1,5 +1,7 @@
 """The house rules that no single room can test: import directions, what a room may load, what documents promise."""
 
+import ast
+import importlib.metadata
 import importlib.util
 import pkgutil
 import re
@@ -78,6 +80,34 @@ def test_imports_go_one_way() -> None:
         pytest.skip("import-linter is not installed")
     done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def third_party_imports() -> set[str]:
+    """Top-level names that the packages import, however lazily, from neither Python nor this repository."""
+    names = set()
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    return names - sys.stdlib_module_names - set(PACKAGES)
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    users_extras = ("compile", "torch", "allocator", "ray")
+    requirements = [
+        *project["dependencies"],
+        *(line for x in users_extras for line in project["optional-dependencies"][x]),
+    ]
+    declared = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in requirements}
+    distributions = importlib.metadata.packages_distributions()
+    # The DSL's wheel puts its packages on the path with a .pth file, where no metadata lists them.
+    distributions |= {"cutlass": ["nvidia-cutlass-dsl"], "cuda": ["nvidia-cutlass-dsl"]}
+    for name in third_party_imports():
+        owners = {owner.lower() for owner in distributions.get(name, [name])}
+        assert owners & declared, f"{name} is imported and none of {sorted(owners)} is in pyproject.toml"
 
 
 def test_the_contracts_name_the_rooms_that_these_tests_name() -> None:
