@@ -1,0 +1,184 @@
+"""The configurations worth considering: a frozen space per kernel family, every member with the reasons why it cannot be built.
+
+The space is data below. `Effort.FULL` is all of it; `Effort.QUICK` is a few configurations a scheme that cover decode to prefill, picked by rule: per
+token-tile width one tile, the warps that fit it, and as many stages as fit beside the CTAs that the rule wants on an SM.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from kernel_gen.legality import estimated_facts, reasons
+from profiles.gpus import GpuSpec
+from profiles.kernels import Family, KernelConfig, Raster, TileShape, WarpLayout
+from profiles.schemes import QuantScheme
+
+
+class Effort(Enum):
+    """How much of the space."""
+
+    QUICK = "quick"
+    FULL = "full"
+
+
+TILE_M = (64, 128, 256)
+TILE_N = (8, 16, 32, 64, 128, 256)
+WARP_LAYOUTS = tuple(WarpLayout(m=m, n=n) for m, n in ((4, 1), (8, 1), (2, 2), (4, 2), (2, 4), (1, 4), (1, 8)))
+"""Four or eight warps: fewer leave schedulers idle, more leave too few registers each."""
+STAGES = (2, 3, 4, 5, 6, 8)
+CTAS_PER_SM = (1, 2, 3, 4)
+MAX_ACCUMULATORS = 128
+"""fp32 sums a thread, of 255 registers."""
+MIN_MMAS_PER_FRAGMENT = 2
+"""Above 32 tokens, each decoded A fragment must feed at least this many MMAs: below, decoding outweighs multiplying."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuickPick:
+    """One rule of the quick space: a tile, its warps, and CTAs per SM in order of preference. Stages: the most that fit, up to `max_stages`."""
+
+    tile_m: int
+    tile_n: int
+    warps_m: int
+    warps_n: int
+    ctas_per_sm: tuple[int, ...]
+    max_stages: int
+    raster: Raster = Raster.ALONG_TOKENS
+
+
+QUICK_PICKS = (
+    QuickPick(tile_m=64, tile_n=8, warps_m=4, warps_n=1, ctas_per_sm=(4, 3, 2, 1), max_stages=6),
+    QuickPick(tile_m=128, tile_n=8, warps_m=8, warps_n=1, ctas_per_sm=(3, 2, 1), max_stages=8),
+    QuickPick(tile_m=128, tile_n=16, warps_m=8, warps_n=1, ctas_per_sm=(3, 2, 1), max_stages=6),
+    QuickPick(tile_m=128, tile_n=32, warps_m=8, warps_n=1, ctas_per_sm=(2, 1), max_stages=5),
+    QuickPick(tile_m=128, tile_n=64, warps_m=4, warps_n=2, ctas_per_sm=(2, 1), max_stages=4),
+    QuickPick(tile_m=128, tile_n=128, warps_m=4, warps_n=2, ctas_per_sm=(1,), max_stages=4),
+    QuickPick(tile_m=128, tile_n=128, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4, raster=Raster.ALONG_FEATURES),
+    QuickPick(tile_m=64, tile_n=128, warps_m=2, warps_n=2, ctas_per_sm=(2, 1), max_stages=4),
+    QuickPick(tile_m=128, tile_n=256, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4),
+)
+"""Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing."""
+
+
+def space(effort: Effort) -> Iterator[KernelConfig]:
+    """Every member of the `mma` family's space, legal or not, once, in a fixed order."""
+    return _full() if effort is Effort.FULL else (config for pick in QUICK_PICKS for config in _members(pick))
+
+
+def enumerate_configs(
+    schemes: Sequence[QuantScheme], gpu: GpuSpec, effort: Effort, *, max_experts: int = 256, allow_emulated: bool = False
+) -> Iterator[tuple[KernelConfig, tuple[str, ...]]]:
+    """Every configuration of the space with the reasons why it cannot run these schemes in one kernel on `gpu`, in a fixed order.
+
+    Left out are duplicates: with FULL, a kernel of which more CTAs fit an SM than it asks for (it is there under the higher number); with QUICK, what
+    comes after a rule's first legal member.
+    """
+    if effort is Effort.FULL:
+        for config in _full():
+            found = reasons(config, schemes, gpu, max_experts=max_experts, allow_emulated=allow_emulated)
+            if found or not _is_duplicate(config, schemes, gpu, max_experts):
+                yield config, found
+        return
+    seen: set[str] = set()
+    for pick in QUICK_PICKS:
+        for config in _members(pick):
+            if config.name in seen:
+                continue
+            seen.add(config.name)
+            found = reasons(config, schemes, gpu, max_experts=max_experts, allow_emulated=allow_emulated)
+            yield config, found
+            if not found:
+                break
+
+
+def candidates(
+    schemes: Sequence[QuantScheme], gpu: GpuSpec, effort: Effort, *, max_experts: int = 256, allow_emulated: bool = False
+) -> tuple[KernelConfig, ...]:
+    """The legal ones."""
+    enumerated = enumerate_configs(schemes, gpu, effort, max_experts=max_experts, allow_emulated=allow_emulated)
+    return tuple(config for config, found in enumerated if not found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejections:
+    """A summary of an enumeration: how many were legal, and for each kind of reason how many configurations have it, with one example."""
+
+    num_legal: int
+    num_rejected: int
+    by_kind: tuple[tuple[str, int, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_legal} legal, {self.num_rejected} rejected"]
+        lines += [f"  {count:6d}  {kind}, e.g. {example}" for kind, count, example in self.by_kind]
+        return "\n".join(lines)
+
+
+def summarise(enumerated: Iterable[tuple[KernelConfig, tuple[str, ...]]]) -> Rejections:
+    """Count reasons that differ in their numbers only; most frequent first, then by name. The example is the first configuration met."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    legal = rejected = 0
+    for config, found in enumerated:
+        legal += not found
+        rejected += bool(found)
+        for kind, reason in {_NUMBER.sub("N", reason): reason for reason in found}.items():
+            counts[kind] += 1
+            examples.setdefault(kind, f"{config.name}: {reason}")
+    by_kind = tuple((kind, count, examples[kind]) for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return Rejections(num_legal=legal, num_rejected=rejected, by_kind=by_kind)
+
+
+_NUMBER = re.compile(r"(?<![\w.-])\d+(\.\d+)?(?![\w.]*[a-z])")
+
+
+def _is_duplicate(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec, max_experts: int) -> bool:
+    """Whether more CTAs than it asks for fit an SM anyway, so that the same kernel is in the space under that higher number."""
+    if config.min_ctas_per_sm == max(CTAS_PER_SM):
+        return False
+    return estimated_facts(config, schemes, gpu, max_experts=max_experts).ctas_per_sm > config.min_ctas_per_sm
+
+
+def _full() -> Iterator[KernelConfig]:
+    shapes = itertools.product(TILE_M, TILE_N, WARP_LAYOUTS)
+    for tile_m, tile_n, warps in shapes:
+        if not _is_sensible(tile_m, tile_n, warps):
+            continue
+        for stages, raster, ctas in itertools.product(STAGES, Raster, CTAS_PER_SM):
+            yield _config(tile_m, tile_n, warps, stages, raster, ctas)
+
+
+def _is_sensible(tile_m: int, tile_n: int, warps: WarpLayout) -> bool:
+    """Whether the tile splits over the warps, and is worth the registers."""
+    if tile_m % (16 * warps.m) or tile_n % (8 * warps.n):
+        return False
+    n_blocks = tile_n // (8 * warps.n)
+    if n_blocks > 1 and n_blocks % 2:
+        return False
+    if tile_n > 32 and n_blocks < MIN_MMAS_PER_FRAGMENT:
+        return False
+    return tile_m * tile_n // (32 * warps.num_warps) <= MAX_ACCUMULATORS
+
+
+def _members(pick: QuickPick) -> Iterator[KernelConfig]:
+    """A rule's configurations in order of preference."""
+    warps = WarpLayout(m=pick.warps_m, n=pick.warps_n)
+    for ctas in pick.ctas_per_sm:
+        for stages in range(pick.max_stages, (3 if ctas > 1 else 2) - 1, -1):
+            yield _config(pick.tile_m, pick.tile_n, warps, stages, pick.raster, ctas)
+
+
+def _config(tile_m: int, tile_n: int, warps: WarpLayout, stages: int, raster: Raster, ctas: int) -> KernelConfig:
+    return KernelConfig(
+        family=Family.MMA,
+        tile=TileShape(m=tile_m, n=tile_n),
+        warps=warps,
+        num_stages=stages,
+        split_k=1,
+        raster=raster,
+        min_ctas_per_sm=ctas,
+    )
