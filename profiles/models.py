@@ -127,7 +127,8 @@ class MoeShape:
         """
         self._check_divides(ranks, "expert-parallel", {"num_experts": self.num_experts})
         num_experts = self.num_experts // ranks
-        return self._slice("ep", ranks, num_experts=num_experts, top_k=min(self.top_k, num_experts))
+        name = self._slice_name("ep", ranks)
+        return replace(self, name=name, num_experts=num_experts, top_k=min(self.top_k, num_experts))
 
     def tensor_parallel(self, ranks: int) -> MoeShape:
         """One rank's slice when every expert's intermediate features are spread over `ranks`: gate_up loses rows, down columns.
@@ -137,15 +138,20 @@ class MoeShape:
         """
         sizes = {"intermediate_size": self.intermediate_size, "shared_intermediate_size": self.shared_intermediate_size}
         self._check_divides(ranks, "tensor-parallel", sizes)
-        return self._slice("tp", ranks, **{field: size // ranks for field, size in sizes.items()})
+        return replace(
+            self,
+            name=self._slice_name("tp", ranks),
+            intermediate_size=self.intermediate_size // ranks,
+            shared_intermediate_size=self.shared_intermediate_size // ranks,
+        )
 
     def _check_divides(self, ranks: int, kind: str, sizes: Mapping[str, int]) -> None:
         for field, size in sizes.items():
             if ranks < 1 or size % ranks:
                 raise SpecError(f"model {self.name!r}: {ranks} {kind} ranks do not divide {field} {size}")
 
-    def _slice(self, suffix: str, ranks: int, **fields: int) -> MoeShape:
-        return self if ranks == 1 else replace(self, name=f"{self.name}-{suffix}{ranks}", **fields)
+    def _slice_name(self, suffix: str, ranks: int) -> str:
+        return self.name if ranks == 1 else f"{self.name}-{suffix}{ranks}"
 
 
 def _known(name: str, *, source: str, **fields: int) -> MoeShape:
