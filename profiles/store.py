@@ -61,7 +61,7 @@ class ProfileStore:
             return
         journal = Journal(journal_path(self.path))
         try:
-            table = self._table()
+            table, keys = self._read()
             if read_journal(journal_path(self.path)):
                 tables.write_parquet(table, self.path)
             journal.start()
@@ -69,7 +69,7 @@ class ProfileStore:
             journal.close()
             raise
         self._journal = journal
-        self._outcomes = dict(zip(tables.keys(table), tables.outcomes(table), strict=True))
+        self._outcomes = dict(zip(keys, tables.outcomes(table), strict=True))
 
     def append(self, record: ProfileRecord) -> bool:
         """Adds a record; it is on disk when this returns.
@@ -89,7 +89,7 @@ class ProfileStore:
         earlier = self._outcomes.get(key)
         if earlier is not None:
             if earlier != outcome:
-                raise DataError(f"{tables.disagreement(str(self.path), row, outcome, earlier)} in an earlier row")
+                raise DataError(f"{self.path}: {tables.disagreement(row, outcome, earlier)} in an earlier row")
             return False
         self._journal.append(row)
         self._outcomes[key] = outcome
@@ -106,7 +106,7 @@ class ProfileStore:
         journal, self._journal = self._journal, None
         try:
             if read_journal(journal_path(self.path)):
-                tables.write_parquet(self._table(), self.path)
+                tables.write_parquet(self._read()[0], self.path)
             journal.remove()
         finally:
             journal.close()
@@ -122,7 +122,7 @@ class ProfileStore:
             SpecError: there is no such column, or it cannot be filtered by.
             DataError: the table is refused.
         """
-        table = self._table()
+        table, _ = self._read()
         for name, wanted in filters.items():
             table = table.filter(_mask(table, name, wanted))
         frame: pd.DataFrame = table.to_pandas(maps_as_pydicts="strict")
@@ -134,13 +134,14 @@ class ProfileStore:
         Raises:
             DataError: the table is refused.
         """
-        table = self._table()
-        if statuses:
-            table = table.filter(_mask(table, "status", statuses))
-        return set(tables.keys(table))
+        table, keys = self._read()
+        if not statuses:
+            return set(keys)
+        wanted = _mask(table, "status", statuses).to_pylist()
+        return {key for key, is_wanted in zip(keys, wanted, strict=True) if is_wanted}
 
-    def _table(self) -> pa.Table:
-        """All rows, checked. The journal is read first: were it folded in meanwhile, its rows would be seen twice rather than never."""
+    def _read(self) -> tuple[pa.Table, list[str]]:
+        """All rows, checked, and their keys. The journal is read first: were it folded in meanwhile, its rows would be seen twice rather than never."""
         journal = journal_path(self.path)
         parts = [tables.from_rows(read_journal(journal), str(journal))]
         if self.path.exists():
@@ -164,15 +165,15 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         raise DataError(f"{missing[0]}: no such profile")
     target = ProfileStore(out)
     with target:
-        parts = [(str(out), target._table())]
-        parts += [(str(path), ProfileStore(path)._table()) for path in paths if Path(path).resolve() != Path(out).resolve()]
+        parts = [(str(out), target._read()[0])]
+        parts += [(str(path), ProfileStore(path)._read()[0]) for path in paths if Path(path).resolve() != Path(out).resolve()]
         starts = np.cumsum([0, *(part.num_rows for _, part in parts)])
 
         def name_of(row: int) -> str:
             part = int(np.searchsorted(starts, row, side="right")) - 1
             return f"{parts[part][0]} row {row - starts[part]}"
 
-        merged = tables.without_duplicates(pa.concat_tables([part for _, part in parts]), name_of)
+        merged, _ = tables.without_duplicates(pa.concat_tables([part for _, part in parts]), name_of)
         tables.write_parquet(merged, target.path)
     return int(merged.num_rows)
 

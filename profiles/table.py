@@ -202,8 +202,8 @@ def outcomes(table: pa.Table) -> list[tuple[Any, ...]]:
     return list(zip(*(table.column(name).to_pylist() for name in OUTCOME), strict=True))
 
 
-def without_duplicates(table: pa.Table, row_names: Callable[[int], str]) -> pa.Table:
-    """The table with one row per candidate, the first.
+def without_duplicates(table: pa.Table, row_names: Callable[[int], str]) -> tuple[pa.Table, list[str]]:
+    """The table with one row per candidate, the first, and the key of each row.
 
     Args:
         table: rows that have been checked.
@@ -212,16 +212,19 @@ def without_duplicates(table: pa.Table, row_names: Callable[[int], str]) -> pa.T
     Raises:
         DataError: two rows of one candidate disagree.
     """
+    all_keys = keys(table)
     first: dict[str, int] = {}
-    kept: list[int] = []
+    for row, key in enumerate(all_keys):
+        first.setdefault(key, row)
+    if len(first) == len(all_keys):
+        return table, all_keys
     outcome = outcomes(table)
-    for row, key in enumerate(keys(table)):
-        earlier = first.setdefault(key, row)
-        if earlier == row:
-            kept.append(row)
-        elif outcome[earlier] != outcome[row]:
-            raise DataError(f"{disagreement(row_names(row), row_of(table, row), outcome[row], outcome[earlier])} in {row_names(earlier)}")
-    return table if len(kept) == table.num_rows else table.take(kept)
+    for row, key in enumerate(all_keys):
+        earlier = first[key]
+        if outcome[earlier] != outcome[row]:
+            said = disagreement(row_of(table, row), outcome[row], outcome[earlier])
+            raise DataError(f"{row_names(row)}: {said} in {row_names(earlier)}")
+    return table.take(list(first.values())), list(first)
 
 
 def row_of(table: pa.Table, row: int) -> dict[str, Any]:
@@ -230,11 +233,12 @@ def row_of(table: pa.Table, row: int) -> dict[str, Any]:
     return values
 
 
-def disagreement(where: str, row: dict[str, Any], new: tuple[Any, ...], old: tuple[Any, ...]) -> str:
-    """The beginning of a sentence about two rows of one candidate."""
+def disagreement(row: dict[str, Any], new: tuple[Any, ...], old: tuple[Any, ...]) -> str:
+    """What a row says of a candidate, and what an earlier row says."""
     what = f"{row['gpu']} {row['model']} {row['linear']} {'+'.join(sorted(set(row['schemes'])))} {row['config']}"
-    said = [f"{outcome[0]}" if outcome[1] is None else f"{outcome[1]:g} us" for outcome in (new, old)]
-    return f"{where}: {what} ({row['load_source']}) is {said[0]}, but {said[1]}"
+    said = [f"{outcome[0]}" if outcome[1] is None else f"{outcome[1]:.6g} us" for outcome in (new, old)]
+    quantiles = " with other quantiles" if said[0] == said[1] else ""
+    return f"{what} ({row['load_source']}) is {said[0]}{quantiles}, but {said[1]}"
 
 
 def _listed(names: list[str]) -> str:
