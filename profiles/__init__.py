@@ -1,5 +1,5 @@
-"""The facts BiTile stands on: what a GPU, an MoE model, a precision scheme, a kernel configuration, a token load and a measurement are,
-and the store that keeps measurements.
+"""The facts BiTile stands on: what a GPU, an MoE model, a precision scheme, a kernel configuration, a token load and a
+measurement are, and the store that keeps measurements.
 
 Nothing here needs torch, CUTLASS or a GPU. Every other package imports this one; this one imports none of them.
 

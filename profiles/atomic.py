@@ -10,9 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it takes the place of `path`, durably, if the block ends without an exception.
+    """A temporary file beside `path` to write to; it takes the place of `path`, durably, if the block ends without an
+    exception.
 
-    With an exception, `path` is as it was and the temporary file is gone. Two writers do not meet: the name holds the process.
+    With an exception, `path` is as it was and the temporary file is gone. Two writers do not meet: the name holds the
+    process.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

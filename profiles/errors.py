@@ -1,4 +1,6 @@
-"""The project's exceptions. A command-line tool prints `str(error)` and exits with 2 on any `UserError`; anything else is a bug and shows its traceback."""
+"""The project's exceptions. A command-line tool prints `str(error)` and exits with 2 on any `UserError`; anything
+else is a bug and shows its traceback.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """GPUs that are known, each with the source of its numbers.
 
-Rates are dense (no structured sparsity) and with fp32 or int32 accumulation, since that is what the kernels use. GeForce cards run bf16 and fp8
-with fp32 accumulation at half the rate of fp16 accumulation, which data-centre and professional cards do not.
-A math that is absent from `tensor_tops` has no tensor cores on that GPU: int4 exists on sm_80, sm_86 and sm_89 only, e4m3 from sm_89 on.
+Rates are dense (no structured sparsity) and with fp32 or int32 accumulation, since that is what the kernels use.
+GeForce cards run bf16 and fp8 with fp32 accumulation at half the rate of fp16 accumulation, which data-centre and
+professional cards do not. A math that is absent from `tensor_tops` has no tensor cores on that GPU: int4 exists on
+sm_80, sm_86 and sm_89 only, e4m3 from sm_89 on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from profiles.errors import SpecError
 
 KIB = 1024
 MIB = 1024 * KIB
-REGS_PER_SM = 65_536  # 32-bit registers of an SM, on every architecture from sm_80 to sm_120 (CUDA C++ Programming Guide, compute capabilities)
-CUDA_GUIDE = "CUDA C++ Programming Guide, table of technical specifications per compute capability (shared memory, registers, threads)"
+REGS_PER_SM = 65_536  # the same on every architecture from sm_80 to sm_120
+CUDA_GUIDE = (
+    "CUDA C++ Programming Guide, technical specifications per compute capability: shared memory, registers, threads"
+)
 
 
 class Math(Enum):
@@ -63,7 +66,9 @@ class GpuSpec:
 
     @property
     def arch(self) -> str:
-        """The compiler's target, e.g. `sm_89`; 9.0 and 10.0 are the architecture-specific `sm_90a` and `sm_100a`, as wgmma and TMA forms need."""
+        """The compiler's target, e.g. `sm_89`; 9.0 and 10.0 are the architecture-specific `sm_90a` and `sm_100a`, as
+        wgmma and TMA forms need.
+        """
         major, minor = self.compute_capability
         return f"sm_{major}{minor}" + ("a" if major in (9, 10) else "")
 
@@ -84,8 +89,8 @@ _RTX4090 = GpuSpec(
     boost_clock_mhz=2520.0,
     tensor_tops={Math.BF16: 165.2, Math.INT8: 660.6, Math.E4M3: 330.3, Math.INT4: 1321.2},
     sources=(
-        "NVIDIA Ada GPU Architecture white paper, appendix A: GeForce RTX 4090; bf16 with fp32 accumulation 165.2, fp8 with fp32 accumulation"
-        " 330.3 (660.6 with fp16 accumulation, which is not stored because the kernels accumulate in fp32)",
+        "NVIDIA Ada GPU Architecture white paper, appendix A: GeForce RTX 4090; bf16 with fp32 accumulation 165.2,"
+        " fp8 with fp32 accumulation 330.3 (660.6 with fp16 accumulation: not stored, the kernels accumulate in fp32)",
         CUDA_GUIDE,
     ),
 )
@@ -103,8 +108,8 @@ _RTX5090 = GpuSpec(
     boost_clock_mhz=2407.0,
     tensor_tops={Math.BF16: 209.5, Math.INT8: 838.0, Math.E4M3: 419.0},
     sources=(
-        "NVIDIA RTX Blackwell GPU Architecture white paper, appendix A: GeForce RTX 5090; bf16 with fp32 accumulation 209.5, fp8 with fp32"
-        " accumulation 419 (838 with fp16 accumulation); int4 is no longer listed",
+        "NVIDIA RTX Blackwell GPU Architecture white paper, appendix A: GeForce RTX 5090; bf16 with fp32 accumulation"
+        " 209.5, fp8 with fp32 accumulation 419 (838 with fp16 accumulation); int4 is no longer listed",
         CUDA_GUIDE,
     ),
 )
@@ -122,7 +127,7 @@ _L40S = GpuSpec(
     boost_clock_mhz=2520.0,
     tensor_tops={Math.BF16: 362.05, Math.INT8: 733.0, Math.E4M3: 733.0, Math.INT4: 733.0},
     sources=(
-        "NVIDIA L40S data sheet (half of its with-sparsity figures where it gives both; it gives int4 the rate of int8)",
+        "NVIDIA L40S data sheet (dense figures; it gives int4 the rate of int8)",
         "NVIDIA Ada GPU Architecture white paper: AD102's L2 cache and SM",
         CUDA_GUIDE,
     ),
@@ -179,9 +184,9 @@ _H200 = GpuSpec(
     boost_clock_mhz=1830.0,
     tensor_tops={Math.BF16: 989.4, Math.INT8: 1978.9, Math.E4M3: 1978.9},
     sources=(
-        "NVIDIA H200 data sheet: SXM, 4.8 TB/s; the same GH100 chip and rates as H100 SXM5, 1830 MHz from the H100 white paper",
-        "measured by this project on one H200, 2026-11-23, torch 2.11, CUDA 13: 4689 GB/s read by a streaming kernel, 4280 GB/s copy (read plus write);"
-        " 8192^3 GEMMs: bf16 795, fp8 1505, int8 1151 TFLOP/s",
+        "NVIDIA H200 data sheet: SXM, 4.8 TB/s; the chip, its rates and 1830 MHz as H100 SXM5 in the H100 white paper",
+        "measured by this project on one H200, 2026-11-23, torch 2.11, CUDA 13: 4689 GB/s read by a streaming kernel,"
+        " 4280 GB/s copy (read plus write); 8192^3 GEMMs: bf16 795, fp8 1505, int8 1151 TFLOP/s",
         CUDA_GUIDE,
     ),
 )
@@ -206,7 +211,9 @@ _B200 = GpuSpec(
     ),
 )
 
-GPUS: Mapping[str, GpuSpec] = MappingProxyType({spec.name: spec for spec in (_RTX4090, _RTX5090, _L40S, _A100, _H100, _H200, _B200)})
+GPUS: Mapping[str, GpuSpec] = MappingProxyType(
+    {spec.name: spec for spec in (_RTX4090, _RTX5090, _L40S, _A100, _H100, _H200, _B200)}
+)
 """Every known GPU by name."""
 
 

@@ -22,6 +22,10 @@ TOP_K = (
     "moe_topk",  # Hunyuan
     "moe_k",  # ERNIE
 )
+INTERMEDIATE_SIZE = (
+    "moe_intermediate_size",  # families whose dense layers have another width
+    "intermediate_size",  # Mixtral, OLMoE, gpt-oss
+)
 NUM_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 SHARED_INTERMEDIATE_SIZE = (
     "shared_expert_intermediate_size",  # Qwen: its one shared expert
@@ -37,23 +41,21 @@ def read_moe_fields(file: Path) -> dict[str, int]:
         SpecError: unreadable, not a JSON object, a dense model, or a family whose keys are not understood.
     """
     config = _load(file)
-    num_experts = config.first(*NUM_EXPERTS)
-    # Families that keep a dense MLP beside the experts name the experts' own width; the others have one width only.
-    intermediate_size = config.first("moe_intermediate_size", "intermediate_size")
     sizes = {
-        "num_experts": num_experts,
+        "num_experts": config.first(*NUM_EXPERTS),
         "top_k": config.first(*TOP_K),
         "hidden_size": config.first("hidden_size"),
-        "intermediate_size": intermediate_size,
+        "intermediate_size": config.first(*INTERMEDIATE_SIZE),
         "num_hidden_layers": config.first("num_hidden_layers"),
     }
-    spellings = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "intermediate_size": ("moe_intermediate_size", "intermediate_size")}
+    spellings = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "intermediate_size": INTERMEDIATE_SIZE}
     missing = [" or ".join(spellings.get(field, (field,))) for field, size in sizes.items() if size is None]
     if missing:
         raise SpecError(f"{file}: no mixture-of-experts model that is understood; missing: {'; '.join(missing)}")
     fields = {field: size for field, size in sizes.items() if size is not None}
     if fields["num_experts"] < 2:
-        raise SpecError(f"{file}: a dense model, it has {fields['num_experts']} experts; give a mixture-of-experts model")
+        number = fields["num_experts"]
+        raise SpecError(f"{file}: a dense model, it has {number} experts; give a mixture-of-experts model")
     num_layers = fields.pop("num_hidden_layers")
     num_moe_layers = sum(_is_moe_layer(config, layer) for layer in range(num_layers))
     if num_moe_layers == 0:
@@ -67,7 +69,9 @@ class _Config:
     values: dict[str, object]
 
     def first(self, *keys: str) -> int | None:
-        """The first of some spellings that is present; some families give one number per layer, which must then agree."""
+        """The first of some spellings that is present; some families give one number per layer, which must then
+        agree.
+        """
         for key in keys:
             value = self.values.get(key)
             if isinstance(value, list) and value and all(item == value[0] for item in value):
@@ -93,14 +97,15 @@ def _load(file: Path) -> _Config:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SpecError(f"{file}: cannot be read ({error.strerror}); give a config.json or the folder that holds it") from error
+        reason = error.strerror
+        raise SpecError(f"{file}: cannot be read ({reason}); give a config.json or the folder that holds it") from error
     except ValueError as error:
         raise SpecError(f"{file}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise SpecError(f"{file}: not a model's configuration; a JSON object is needed")
     for key in NESTED:  # of a multimodal model, the language model's part
         nested = values.get(key)
-        if isinstance(nested, dict):
+        if isinstance(nested, dict) and not any(key in values for key in NUM_EXPERTS):
             return _Config(file, nested)
     return _Config(file, values)
 
@@ -119,7 +124,9 @@ def _shared(config: _Config, intermediate_size: int) -> dict[str, int]:
 
 
 def _is_moe_layer(config: _Config, layer: int) -> bool:
-    """Whether a layer has routed experts; each family states it with one or two of these keys, and has none of the others."""
+    """Whether a layer has routed experts; each family states it with one or two of these keys, and has none of the
+    others.
+    """
     if layer < (config.first("first_k_dense_replace", "moe_layer_start_index") or 0):  # DeepSeek, GLM; ERNIE
         return False
     if layer in (config.integers("mlp_only_layers") or ()):  # Qwen
@@ -131,5 +138,7 @@ def _is_moe_layer(config: _Config, layer: int) -> bool:
     if per_layer is not None:
         return layer < len(per_layer) and per_layer[layer] != 0
     every = config.first("moe_layer_freq") or 1  # DeepSeek: layers 0, n, 2n, ...
-    sparse_step = config.first("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval") or 1  # layers n-1, 2n-1, ...
-    return layer % every == 0 and (layer + 1) % sparse_step == 0
+    # Qwen, Llama 4, ERNIE: layers n - 1, 2n - 1, ...
+    step = config.first("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval") or 1
+    period, offset = config.first("expert_layer_period") or 1, config.first("expert_layer_offset") or 0  # Jamba
+    return layer % every == 0 and (layer + 1) % step == 0 and layer % period == offset

@@ -1,8 +1,8 @@
 """The rows that a running sweep has finished, beside the Parquet file, until they are folded into it.
 
-One line per row: eight hex digits of the CRC-32 of the rest, a space, a JSON object, a newline. The first line names the format and the writer.
-A line without its newline is a row that was in flight when its writer died; it is dropped. Any other line that does not match its checksum
-means a damaged file, which is refused.
+One line per row: eight hex digits of the CRC-32 of the rest, a space, a JSON object, a newline. The first line names
+the format and the writer. A line without its newline is a row that was in flight when its writer died; it is dropped.
+Any other line that does not match its checksum means a damaged file, which is refused.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _encode(values: dict[str, Any]) -> bytes:
 def _decode(line: bytes, path: Path, number: int) -> dict[str, Any]:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
-        raise DataError(f"{path}: line {number} is damaged (its checksum differs); restore the file or move it away")
+        raise DataError(f"{path}: line {number} is damaged, its checksum differs; restore the file or move it away")
     values = json.loads(text)
     if not isinstance(values, dict):
         raise DataError(f"{path}: line {number} is not a row")
@@ -60,7 +60,8 @@ def _decode(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 class Journal:
-    """A journal that this process alone writes, until it is closed. The operating system releases the lock of a process that dies.
+    """A journal that this process alone writes, until it is closed. The operating system releases the lock of a process
+    that dies.
 
     Raises:
         DataError: another process, or another store of this one, is writing it; or it cannot be created.
@@ -72,7 +73,9 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = _open_locked(path)
         except BlockingIOError:
-            raise DataError(f"{path}: {_writer(path)} is writing this profile; wait for it or choose another file") from None
+            raise DataError(
+                f"{path}: {_writer(path)} is writing this profile; wait for it or choose another file"
+            ) from None
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror})") from error
         self._end = 0
@@ -102,8 +105,9 @@ class Journal:
                 written += os.pwrite(self._file, line[written:], self._end + written)
             os.fsync(self._file)
         except OSError as error:
+            reason = error.strerror
             raise DataError(
-                f"{self._path}: the row cannot be written ({error.strerror}); earlier rows are kept, make room and start again"
+                f"{self._path}: the row cannot be written ({reason}); earlier rows are kept, make room and start again"
             ) from error
         self._end += len(line)
 

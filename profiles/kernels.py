@@ -52,12 +52,15 @@ class WarpLayout:
 
     @property
     def num_warps(self) -> int:
+        """Warps of the CTA that multiply."""
         return self.m * self.n * self.k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmShape:
-    """Y[m, n] = X[m, k] @ W[n, k]^T: `m` token rows over all experts together, `n` output features and `k` input features of one expert."""
+    """Y[m, n] = X[m, k] @ W[n, k]^T: `m` token rows over all experts together, `n` output features and `k` input
+    features of one expert.
+    """
 
     m: int
     n: int
@@ -70,7 +73,8 @@ class GemmShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelConfig:
-    """What is chosen about a kernel before it is compiled. `kernel_gen.legality` says which can be built for which scheme and GPU.
+    """What is chosen about a kernel before it is compiled. `kernel_gen.legality` says which can be built for which
+    scheme and GPU.
 
     Attributes:
         family: the instructions it is built from.
@@ -95,7 +99,8 @@ class KernelConfig:
             raise SpecError(f"a configuration's tile.k is 0, not {self.tile.k}: the k-tile follows from the scheme")
         if min(self.num_stages, self.split_k, self.min_ctas_per_sm) < 1:
             raise SpecError(
-                f"stages {self.num_stages}, split_k {self.split_k} and CTAs per SM {self.min_ctas_per_sm} must each be at least 1"
+                f"stages {self.num_stages}, split_k {self.split_k} and CTAs per SM {self.min_ctas_per_sm}"
+                " must each be at least 1"
             )
 
     @property
@@ -111,6 +116,7 @@ class KernelConfig:
 
     @property
     def num_threads(self) -> int:
+        """Threads of the warps that multiply; a family that has further warps adds them."""
         return THREADS_PER_WARP * self.warps.num_warps
 
 

@@ -1,20 +1,28 @@
 """Token loads: how many tokens each expert of one layer gets, generated from a seed or read from a trace of a real run.
 
-A generated load has `num_tokens * top_k` rows in all. Where the router is random, each token draws `top_k` different experts, so that no expert
-gets more than `num_tokens` rows; the draws are those of successive sampling without replacement (Gumbel top-k, Kool et al. 2019).
+A generated load has `num_tokens * top_k` rows in all. Where the router is random, each token draws `top_k` different
+experts, so that no expert gets more than `num_tokens` rows; the draws are those of successive sampling without
+replacement (Gumbel top-k, Kool et al. 2019).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from profiles.errors import SpecError
+from profiles.atomic import replacing
+from profiles.errors import DataError, SpecError
 
+TRACE_SCHEMA = pa.schema([("layer", pa.int32()), ("tokens_per_expert", pa.list_(pa.int32()))])
 FloatArray = npt.NDArray[np.float64]
 MAX_DRAWS_AT_ONCE = 1 << 22  # scores held in memory while tokens are routed: 32 MiB
 
@@ -37,11 +45,13 @@ class TokenLoad:
         for expert, count in enumerate(self.tokens_per_expert):
             if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31:
                 raise SpecError(
-                    f"token load {self.source!r}: expert {expert} has {count!r} tokens; a whole number from 0 to 2^31 - 1 is needed"
+                    f"token load {self.source!r}: expert {expert} has {count!r} tokens;"
+                    " a whole number from 0 to 2^31 - 1 is needed"
                 )
 
     @property
     def num_experts(self) -> int:
+        """Experts, idle ones too."""
         return len(self.tokens_per_expert)
 
     @property
@@ -61,7 +71,8 @@ class TokenLoad:
 
     @property
     def spread(self) -> float:
-        """Coefficient of variation over all experts, idle ones too: standard deviation (population) / mean. 0 is even; 0 for no tokens.
+        """Coefficient of variation over all experts, idle ones too: standard deviation (population) / mean. 0 is even;
+        0 for no tokens.
 
         With E experts it is at most sqrt(E - 1), when one expert gets everything.
         """
@@ -75,7 +86,9 @@ class TokenLoad:
             SpecError: `ranks` does not divide the experts, or there is no such rank.
         """
         if ranks < 1 or self.num_experts % ranks or not 0 <= rank < ranks:
-            raise SpecError(f"rank {rank} of {ranks}: the ranks must divide the load's {self.num_experts} experts, and count from 0")
+            raise SpecError(
+                f"rank {rank} of {ranks}: the ranks must divide the load's {self.num_experts} experts, and count from 0"
+            )
         size = self.num_experts // ranks
         share = self.tokens_per_expert[rank * size : (rank + 1) * size]
         return TokenLoad(tokens_per_expert=share, source=f"{self.source}, expert-parallel rank {rank} of {ranks}")
@@ -110,7 +123,9 @@ def log_normal(num_experts: int, num_tokens: int, top_k: int, seed: int = 0, *, 
 
 
 def one_hot(num_experts: int, num_tokens: int, top_k: int, seed: int = 0) -> TokenLoad:
-    """All `num_tokens * top_k` rows to one expert, which the seed picks: the worst case, with as many rows as the other loads."""
+    """All `num_tokens * top_k` rows to one expert, which the seed picks: the worst case, with as many rows as the
+    other loads.
+    """
     rng = _checked(num_experts, num_tokens, top_k, seed)
     counts = np.zeros(num_experts, dtype=np.int64)
     counts[rng.integers(num_experts)] = num_tokens * top_k
@@ -158,3 +173,78 @@ def _route(rng: np.random.Generator, log_weights: FloatArray, num_tokens: int, t
 def _load(kind: str, counts: npt.NDArray[np.int64], num_tokens: int, top_k: int, seed: int) -> TokenLoad:
     source = f"{kind}, {num_tokens} tokens, top {top_k}, seed {seed}"
     return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=source)
+
+
+def read_trace(path: str | os.PathLike[str]) -> dict[int, TokenLoad]:
+    """The token loads of a trace, by layer.
+
+    A JSON file is an object of layer -> list of tokens per expert, `{"0": [12, 0, 4], "1": [3, 8, 5]}`; a Parquet file
+    has the columns `layer` and `tokens_per_expert` (a list). Every layer has as many experts.
+
+    Raises:
+        DataError: unreadable, of another form, or with numbers that cannot be tokens.
+    """
+    file = Path(path)
+    pairs = _read_parquet_trace(file) if file.suffix == ".parquet" else _read_json_trace(file)
+    loads: dict[int, TokenLoad] = {}
+    for layer, counts in pairs:
+        if not (str(layer).isascii() and str(layer).isdigit()):
+            raise DataError(f"{file}: {layer!r} is not the number of a layer")
+        number = int(str(layer))
+        if number in loads:
+            raise DataError(f"{file}: layer {number} is there twice")
+        if not isinstance(counts, list):
+            raise DataError(f"{file}: layer {number} has no list of tokens per expert")
+        try:
+            loads[number] = TokenLoad(tokens_per_expert=tuple(counts), source=f"{file.name}, layer {number}")
+        except SpecError as error:
+            raise DataError(f"{file}: {error}") from error
+    if not loads:
+        raise DataError(f"{file}: a trace without layers")
+    sizes = {load.num_experts for load in loads.values()}
+    if len(sizes) > 1:
+        raise DataError(f"{file}: layers differ in their number of experts ({min(sizes)} to {max(sizes)})")
+    return dict(sorted(loads.items()))
+
+
+def write_trace(loads: Mapping[int, TokenLoad], path: str | os.PathLike[str]) -> None:
+    """Writes what `read_trace` reads, whole or not at all; Parquet if the name ends so, else JSON.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    file = Path(path)
+    rows = {layer: list(load.tokens_per_expert) for layer, load in sorted(loads.items())}
+    try:
+        with replacing(file) as temporary:
+            if file.suffix == ".parquet":
+                columns = {"layer": list(rows), "tokens_per_expert": list(rows.values())}
+                pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), temporary)
+            else:
+                temporary.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror or error})") from error
+
+
+def _read_json_trace(file: Path) -> Iterable[tuple[object, object]]:
+    try:
+        # pairs, since a dict would hide a layer that is there twice; an object among the values becomes a tuple too
+        pairs = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=tuple)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error})") from error
+    if not isinstance(pairs, tuple):
+        raise DataError(f"{file}: not a trace; a JSON object of layer -> tokens per expert is needed")
+    return pairs
+
+
+def _read_parquet_trace(file: Path) -> Iterable[tuple[object, object]]:
+    try:
+        table = pq.read_table(file, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{file}: not a readable Parquet file, truncated or foreign ({reason})") from error
+    if not set(TRACE_SCHEMA.names) <= set(table.column_names):
+        raise DataError(f"{file}: not a trace; the columns {' and '.join(TRACE_SCHEMA.names)} are needed")
+    return zip(*(table.column(name).to_pylist() for name in TRACE_SCHEMA.names), strict=True)

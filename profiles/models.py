@@ -56,7 +56,8 @@ class MoeShape:
         num_experts: routed experts of a layer.
         top_k: routed experts that a token goes to.
         num_shared_experts: experts that every token goes to.
-        shared_intermediate_size: intermediate features of all shared experts together; they run as one. 0 if there are none.
+        shared_intermediate_size: intermediate features of all shared experts together; they run as one. 0 if there are
+            none.
         num_moe_layers: layers that have routed experts.
         source: where the numbers are from.
     """
@@ -79,8 +80,8 @@ class MoeShape:
             raise SpecError(f"model {self.name!r}: top_k {self.top_k} exceeds its {self.num_experts} experts")
         if self.num_shared_experts < 0 or (self.num_shared_experts > 0) != (self.shared_intermediate_size > 0):
             raise SpecError(
-                f"model {self.name!r}: {self.num_shared_experts} shared experts with {self.shared_intermediate_size} intermediate features;"
-                " give both or neither"
+                f"model {self.name!r}: {self.num_shared_experts} shared experts with {self.shared_intermediate_size}"
+                " intermediate features; give both or neither"
             )
 
     def __str__(self) -> str:
@@ -101,7 +102,9 @@ class MoeShape:
         return self._gemm(linear, self.shared_intermediate_size)
 
     def _gemm(self, linear: Linear, intermediate_size: int) -> tuple[int, int]:
-        return (2 * intermediate_size, self.hidden_size) if linear is Linear.GATE_UP else (self.hidden_size, intermediate_size)
+        if linear is Linear.GATE_UP:
+            return 2 * intermediate_size, self.hidden_size
+        return self.hidden_size, intermediate_size
 
     def layer_gemms(self, num_tokens: int) -> tuple[LayerGemm, ...]:
         """Every grouped GEMM of one MoE layer for a batch of `num_tokens` tokens, the shared experts' last."""
@@ -113,14 +116,15 @@ class MoeShape:
         if self.num_shared_experts:
             for linear in Linear:
                 n, k = self.shared_gemm(linear)
-                gemms.append(LayerGemm(name=f"shared_{linear.value}", shape=GemmShape(m=num_tokens, n=n, k=k), num_experts=1))
+                shape = GemmShape(m=num_tokens, n=n, k=k)
+                gemms.append(LayerGemm(name=f"shared_{linear.value}", shape=shape, num_experts=1))
         return tuple(gemms)
 
     def expert_parallel(self, ranks: int) -> MoeShape:
         """One rank's slice when the routed experts are spread over `ranks`; shared experts are on every rank.
 
-        A token reaches at most all of a rank's experts, so `top_k` falls to their number where it is greater. What a rank's experts get is
-        a slice of the whole model's load: `TokenLoad.expert_parallel`.
+        A token reaches at most all of a rank's experts, so `top_k` falls to their number where it is greater. What a
+        rank's experts get is a slice of the whole model's load: `TokenLoad.expert_parallel`.
 
         Raises:
             SpecError: `ranks` does not divide the experts.
@@ -131,7 +135,8 @@ class MoeShape:
         return replace(self, name=name, num_experts=num_experts, top_k=min(self.top_k, num_experts))
 
     def tensor_parallel(self, ranks: int) -> MoeShape:
-        """One rank's slice when every expert's intermediate features are spread over `ranks`: gate_up loses rows, down columns.
+        """One rank's slice when every expert's intermediate features are spread over `ranks`: gate_up loses rows, down
+        columns.
 
         Raises:
             SpecError: `ranks` does not divide the intermediate sizes.
@@ -159,103 +164,109 @@ def _known(name: str, *, source: str, **fields: int) -> MoeShape:
     return MoeShape(name=name, source=f"config.json of {source}", **(defaults | fields))
 
 
-MODELS: Mapping[str, MoeShape] = MappingProxyType({
-    shape.name: shape
-    for shape in (
-        _known(
-            "qwen1.5-moe-a2.7b",
-            hidden_size=2048,
-            intermediate_size=1408,
-            num_experts=60,
-            top_k=4,
-            num_shared_experts=1,
-            shared_intermediate_size=5632,
-            num_moe_layers=24,
-            source="Qwen/Qwen1.5-MoE-A2.7B: hidden_size, moe_intermediate_size, num_experts, num_experts_per_tok,"
-            " shared_expert_intermediate_size, num_hidden_layers (decoder_sparse_step 1)",
-        ),
-        _known(
-            "qwen2-57b-a14b",
-            hidden_size=3584,
-            intermediate_size=2560,
-            num_experts=64,
-            top_k=8,
-            num_shared_experts=1,
-            shared_intermediate_size=20480,
-            num_moe_layers=28,
-            source="Qwen/Qwen2-57B-A14B: hidden_size, moe_intermediate_size, num_experts, num_experts_per_tok,"
-            " shared_expert_intermediate_size, num_hidden_layers (decoder_sparse_step 1)",
-        ),
-        _known(
-            "deepseek-v2-lite",
-            hidden_size=2048,
-            intermediate_size=1408,
-            num_experts=64,
-            top_k=6,
-            num_shared_experts=2,
-            shared_intermediate_size=2816,
-            num_moe_layers=26,
-            source="deepseek-ai/DeepSeek-V2-Lite: hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok,"
-            " n_shared_experts 2 of moe_intermediate_size, num_hidden_layers 27 less first_k_dense_replace 1",
-        ),
-        _known(
-            "mixtral-8x7b",
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_experts=8,
-            top_k=2,
-            num_moe_layers=32,
-            source="mistralai/Mixtral-8x7B-v0.1: hidden_size, intermediate_size, num_local_experts, num_experts_per_tok, num_hidden_layers",
-        ),
-        _known(
-            "qwen3-30b-a3b",
-            hidden_size=2048,
-            intermediate_size=768,
-            num_experts=128,
-            top_k=8,
-            num_moe_layers=48,
-            source="Qwen/Qwen3-30B-A3B: hidden_size, moe_intermediate_size, num_experts, num_experts_per_tok, num_hidden_layers"
-            " (decoder_sparse_step 1, no mlp_only_layers)",
-        ),
-        _known(
-            "deepseek-v3",
-            hidden_size=7168,
-            intermediate_size=2048,
-            num_experts=256,
-            top_k=8,
-            num_shared_experts=1,
-            shared_intermediate_size=2048,
-            num_moe_layers=58,
-            source="deepseek-ai/DeepSeek-V3: hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok,"
-            " n_shared_experts 1 of moe_intermediate_size, num_hidden_layers 61 less first_k_dense_replace 3",
-        ),
-        _known(
-            "olmoe-1b-7b",
-            hidden_size=2048,
-            intermediate_size=1024,
-            num_experts=64,
-            top_k=8,
-            num_moe_layers=16,
-            source="allenai/OLMoE-1B-7B-0924: hidden_size, intermediate_size, num_experts, num_experts_per_tok, num_hidden_layers",
-        ),
-        _known(
-            "gpt-oss-20b",
-            hidden_size=2880,
-            intermediate_size=2880,
-            num_experts=32,
-            top_k=4,
-            num_moe_layers=24,
-            source="openai/gpt-oss-20b: hidden_size, intermediate_size, num_local_experts, num_experts_per_tok, num_hidden_layers",
-        ),
-    )
-})
+MODELS: Mapping[str, MoeShape] = MappingProxyType(
+    {
+        shape.name: shape
+        for shape in (
+            _known(
+                "qwen1.5-moe-a2.7b",
+                hidden_size=2048,
+                intermediate_size=1408,
+                num_experts=60,
+                top_k=4,
+                num_shared_experts=1,
+                shared_intermediate_size=5632,
+                num_moe_layers=24,
+                source="Qwen/Qwen1.5-MoE-A2.7B: hidden_size, moe_intermediate_size, num_experts, num_experts_per_tok,"
+                " shared_expert_intermediate_size, num_hidden_layers (decoder_sparse_step 1)",
+            ),
+            _known(
+                "qwen2-57b-a14b",
+                hidden_size=3584,
+                intermediate_size=2560,
+                num_experts=64,
+                top_k=8,
+                num_shared_experts=1,
+                shared_intermediate_size=20480,
+                num_moe_layers=28,
+                source="Qwen/Qwen2-57B-A14B: hidden_size, moe_intermediate_size, num_experts, num_experts_per_tok,"
+                " shared_expert_intermediate_size, num_hidden_layers (decoder_sparse_step 1)",
+            ),
+            _known(
+                "deepseek-v2-lite",
+                hidden_size=2048,
+                intermediate_size=1408,
+                num_experts=64,
+                top_k=6,
+                num_shared_experts=2,
+                shared_intermediate_size=2816,
+                num_moe_layers=26,
+                source="deepseek-ai/DeepSeek-V2-Lite: hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok,"
+                " n_shared_experts 2 of moe_intermediate_size, num_hidden_layers 27 less first_k_dense_replace 1",
+            ),
+            _known(
+                "mixtral-8x7b",
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_experts=8,
+                top_k=2,
+                num_moe_layers=32,
+                source="mistralai/Mixtral-8x7B-v0.1: hidden_size, intermediate_size, num_local_experts,"
+                " num_experts_per_tok, num_hidden_layers",
+            ),
+            _known(
+                "qwen3-30b-a3b",
+                hidden_size=2048,
+                intermediate_size=768,
+                num_experts=128,
+                top_k=8,
+                num_moe_layers=48,
+                source="Qwen/Qwen3-30B-A3B: hidden_size, moe_intermediate_size, num_experts,"
+                " num_experts_per_tok, num_hidden_layers (decoder_sparse_step 1, no mlp_only_layers)",
+            ),
+            _known(
+                "deepseek-v3",
+                hidden_size=7168,
+                intermediate_size=2048,
+                num_experts=256,
+                top_k=8,
+                num_shared_experts=1,
+                shared_intermediate_size=2048,
+                num_moe_layers=58,
+                source="deepseek-ai/DeepSeek-V3: hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok,"
+                " n_shared_experts 1 of moe_intermediate_size, num_hidden_layers 61 less first_k_dense_replace 3",
+            ),
+            _known(
+                "olmoe-1b-7b",
+                hidden_size=2048,
+                intermediate_size=1024,
+                num_experts=64,
+                top_k=8,
+                num_moe_layers=16,
+                source="allenai/OLMoE-1B-7B-0924: hidden_size, intermediate_size, num_experts,"
+                " num_experts_per_tok, num_hidden_layers",
+            ),
+            _known(
+                "gpt-oss-20b",
+                hidden_size=2880,
+                intermediate_size=2880,
+                num_experts=32,
+                top_k=4,
+                num_moe_layers=24,
+                source="openai/gpt-oss-20b: hidden_size, intermediate_size, num_local_experts,"
+                " num_experts_per_tok, num_hidden_layers",
+            ),
+        )
+    }
+)
 """Every known model by name."""
 
 _SLICED = re.compile(r"(.+)-(ep|tp)([1-9]\d{0,3})", re.ASCII)
 
 
 def model(name: str) -> MoeShape:
-    """The model of a name; `-ep{ranks}` or `-tp{ranks}` behind it, or both, is one rank's slice: `mixtral-8x7b-ep4-tp2`.
+    """The model of a name; `-ep{ranks}` or `-tp{ranks}` behind it, or both, is one rank's slice:
+    `mixtral-8x7b-ep4-tp2`.
 
     Raises:
         SpecError: no model of this name is known, or it cannot be sliced so.
@@ -264,16 +275,19 @@ def model(name: str) -> MoeShape:
         return MODELS[name]
     sliced = _SLICED.fullmatch(name)
     if sliced is None:
-        raise SpecError(f"unknown model {name!r}: known are {', '.join(MODELS)}, or give the path of a Hugging Face config.json")
+        known = ", ".join(MODELS)
+        raise SpecError(f"unknown model {name!r}: known are {known}, or give the path of a Hugging Face config.json")
     whole, ranks = model(sliced[1]), int(sliced[3])
     return whole.expert_parallel(ranks) if sliced[2] == "ep" else whole.tensor_parallel(ranks)
 
 
 def model_from_config(path: str | Path) -> MoeShape:
-    """The shape of the model that a Hugging Face `config.json`, or a folder that holds one, describes; named after the folder.
+    """The shape of the model that a Hugging Face `config.json`, or a folder that holds one, describes; named after the
+    folder.
 
     Raises:
-        SpecError: the file is not a JSON object, or describes no MoE that is understood; the sentence names the missing keys.
+        SpecError: the file is not a JSON object, or describes no MoE that is understood; the sentence names the missing
+            keys.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -283,7 +297,8 @@ def model_from_config(path: str | Path) -> MoeShape:
 
 
 def find_model(name_or_path: str) -> MoeShape:
-    """What `--model` takes: a known name (with a slice behind it, if any), else the path of a `config.json` or of its folder.
+    """What `--model` takes: a known name (with a slice behind it, if any), else the path of a `config.json` or of its
+    folder.
 
     Raises:
         SpecError: it is neither.

@@ -46,7 +46,8 @@ def utc_now() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRecord:
-    """One candidate's outcome on one GPU. `profiles.table` states the rules that a row must meet; the store refuses one that breaks them.
+    """One candidate's outcome on one GPU. `profiles.table` states the rules that a row must meet; the store refuses one
+    that breaks them.
 
     Attributes:
         gpu: a name in `profiles.gpus.GPUS`.
@@ -57,7 +58,8 @@ class ProfileRecord:
         schemes: one scheme that all experts use, or one per expert.
         config: the kernel's configuration.
         status, error: how it ended, and in which words if not well.
-        latency_us, p20_us, p80_us: median and quantiles of a launch; None unless `status` is OK. A prediction's quantiles are its interval, or None.
+        latency_us, p20_us, p80_us: median and quantiles of a launch; None unless `status` is OK. A prediction's
+            quantiles are its interval, or None.
         num_samples: launches timed; 0 of a prediction.
         sm_clock_mhz: SM clock while it was timed; None if unknown.
         source: measured or predicted.
@@ -165,7 +167,8 @@ def candidate_key(
     source: str,
     kernel_fingerprint: str,
 ) -> str:
-    """A digest of what was run: GPU, problem, load, schemes, configuration, kernel and whether it was measured; not of how it went.
+    """A digest of what was run: GPU, problem, load, schemes, configuration, kernel and whether it was measured; not of
+    how it went.
 
     The kernel's fingerprint is part of it, so that a changed kernel is measured anew beside the old rows.
     """

@@ -1,8 +1,8 @@
 """Precision schemes: how the weights and the input activations of a linear layer are stored.
 
-A scheme's name is `w16a16` (bf16), else `w{bits}a{bits}_g{group}_{sym|asym}` with `_e4m3` for float8: `w4a16_g128_asym`, `w8a8_g-1_sym_e4m3`.
-`g-1` is one scale per output channel of the weights. Activations of 8 bits have one scale per token; activations of 4 bits have one per token,
-or one per group of 128 when the weights are grouped so.
+A scheme's name is `w16a16` (bf16), else `w{bits}a{bits}_g{group}_{sym|asym}` with `_e4m3` for float8:
+`w4a16_g128_asym`, `w8a8_g-1_sym_e4m3`. `g-1` is one scale per output channel of the weights. Activations of 8 bits have
+one scale per token; activations of 4 bits have one per token, or one per group of 128 when the weights are grouped so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ZERO_POINT_BITS = 16  # bf16, exact for 0..255
 
 
 class NumericType(Enum):
+    """What the bits of a value mean."""
+
     INT = "int"
     FLOAT = "float"  # of 8 bits: e4m3
 
@@ -67,7 +69,9 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantScheme:
-    """The precision of a linear layer; None means bf16. Every scheme that can be constructed has a name that `parse` reads back."""
+    """The precision of a linear layer; None means bf16. Every scheme that can be constructed has a name that `parse`
+    reads back.
+    """
 
     weights: QuantSpec | None
     input_activations: QuantSpec | None
@@ -96,10 +100,12 @@ class QuantScheme:
 
     @property
     def weight_bits(self) -> int:
+        """Bits of a weight's code; 16 for bf16."""
         return 16 if self.weights is None else self.weights.num_bits
 
     @property
     def activation_bits(self) -> int:
+        """Bits of an activation; 16 for bf16."""
         return 16 if self.input_activations is None else self.input_activations.num_bits
 
     @property
@@ -122,7 +128,8 @@ class QuantScheme:
         return Math.E4M3 if self.input_activations.type is NumericType.FLOAT else Math.INT8
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Stored bits per weight of a layer that reduces over `in_features`: codes, scales (bf16 per group, fp32 per channel), zero points (bf16).
+        """Stored bits per weight of a layer that reduces over `in_features`: codes, scales (bf16 per group, fp32 per
+        channel), zero points (bf16).
 
         Padding is not counted.
 
@@ -240,7 +247,7 @@ KERNEL_SCHEMES: tuple[QuantScheme, ...] = tuple(
     parse(name)
     for name in (
         "w16a16",
-        *(f"w{bits}a16_g{group}_{symmetry}" for bits in (8, 4, 3, 2) for group in (128, -1) for symmetry in ("sym", "asym")),
+        *(f"w{bits}a16_g{group}_{zero}" for bits in (8, 4, 3, 2) for group in (128, -1) for zero in ("sym", "asym")),
         "w8a8_g-1_sym",
         "w8a8_g-1_sym_e4m3",
         "w4a8_g128_sym",

@@ -1,8 +1,8 @@
 """The profile store: a Parquet table of records that survives whatever ends a sweep.
 
-While a sweep runs, each finished row goes to a journal beside the Parquet file (`x.parquet.journal`), durably, in milliseconds. The journal is
-folded into the Parquet file, which is replaced whole, when the store is closed, or when it is next opened if its writer died. Whoever reads the
-store sees both. One process writes at a time; any number read.
+While a sweep runs, each finished row goes to a journal beside the Parquet file (`x.parquet.journal`), durably, in
+milliseconds. The journal is folded into the Parquet file, which is replaced whole, when the store is closed, or when it
+is next opened if its writer died. Whoever reads the store sees both. One process writes at a time; any number read.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from profiles.kernels import KernelConfig
 from profiles.records import ProfileRecord, Status
 from profiles.schemes import QuantScheme
 
+NOT_FILTERED = ("tokens_per_expert", "versions")
+
 
 class ProfileStore:
     """A profile on disk, which need not exist yet.
 
-    Reading needs nothing more. `append` makes this process the file's one writer until `close`; `with ProfileStore(path) as store:` does so
-    from the start, and folds the journal into the Parquet file at the end.
+    Reading needs nothing more. `append` makes this process the file's one writer until `close`; `with
+    ProfileStore(path) as store:` does so from the start, and folds the journal into the Parquet file at the end.
 
     Args:
         path: the Parquet file.
@@ -48,7 +50,9 @@ class ProfileStore:
         self.open()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def open(self) -> None:
@@ -78,7 +82,8 @@ class ProfileStore:
             False if the same candidate with the same outcome was there already, and nothing was added.
 
         Raises:
-            DataError: the record breaks a rule of `profiles.table`, disagrees with the candidate's earlier row, or cannot be written.
+            DataError: the record breaks a rule of `profiles.table`, disagrees with the candidate's earlier row, or
+                cannot be written.
         """
         self.open()
         assert self._journal is not None
@@ -96,7 +101,8 @@ class ProfileStore:
         return True
 
     def close(self) -> None:
-        """Folds the journal into the Parquet file and lets others write. Nothing happens unless this store is the writer.
+        """Folds the journal into the Parquet file and lets others write. Nothing happens unless this store is the
+        writer.
 
         Raises:
             DataError: the Parquet file cannot be written; the rows stay in the journal, which is read with it.
@@ -115,8 +121,8 @@ class ProfileStore:
         """The rows whose columns equal the filters, as a DataFrame with the columns of `profiles.table.SCHEMA`.
 
         Args:
-            **filters: column=value, or column=(values) for any of them; enums, schemes and configurations stand for their names.
-                `schemes="w4a16_g128_sym"` finds the launches where every expert has that scheme.
+            **filters: column=value, or column=(values) for any of them; enums, schemes and configurations stand for
+                their names. `schemes="w4a16_g128_sym"` finds the launches where every expert has that scheme.
 
         Raises:
             SpecError: there is no such column, or it cannot be filtered by.
@@ -141,7 +147,9 @@ class ProfileStore:
         return {key for key, is_wanted in zip(keys, wanted, strict=True) if is_wanted}
 
     def _read(self) -> tuple[pa.Table, list[str]]:
-        """All rows, checked, and their keys. The journal is read first: were it folded in meanwhile, its rows would be seen twice rather than never."""
+        """All rows, checked, and their keys. The journal is read first: were it folded in meanwhile, its rows would
+        be seen twice rather than never.
+        """
         journal = journal_path(self.path)
         parts = [tables.from_rows(read_journal(journal), str(journal))]
         if self.path.exists():
@@ -166,7 +174,9 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     target = ProfileStore(out)
     with target:
         parts = [(str(out), target._read()[0])]
-        parts += [(str(path), ProfileStore(path)._read()[0]) for path in paths if Path(path).resolve() != Path(out).resolve()]
+        parts += [
+            (str(path), ProfileStore(path)._read()[0]) for path in paths if Path(path).resolve() != Path(out).resolve()
+        ]
         starts = np.cumsum([0, *(part.num_rows for _, part in parts)])
 
         def name_of(row: int) -> str:
@@ -186,8 +196,9 @@ def _plain(value: object) -> object:
 
 def _mask(table: pa.Table, name: str, wanted: object) -> pa.ChunkedArray:
     """Rows whose column equals a value, or one of several."""
-    if name not in tables.SCHEMA.names or name in ("versions", "tokens_per_expert"):
-        raise SpecError(f"profiles cannot be filtered by {name!r}; columns are {', '.join(tables.SCHEMA.names)}")
+    if name not in tables.SCHEMA.names or name in NOT_FILTERED:
+        columns = ", ".join(name for name in tables.SCHEMA.names if name not in NOT_FILTERED)
+        raise SpecError(f"profiles cannot be filtered by {name!r}, only by {columns}")
     several = isinstance(wanted, Iterable) and not isinstance(wanted, str)
     values = [_plain(value) for value in wanted] if several else [_plain(wanted)]  # type: ignore[attr-defined]
     column = table.column(name)

@@ -1,4 +1,6 @@
-"""The table of profile records: its columns, the rules of a row, and the Parquet file. A table that breaks a rule is refused whole."""
+"""The table of profile records: its columns, the rules of a row, and the Parquet file. A table that breaks a rule is
+refused whole.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +20,32 @@ from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu as find_gpu
 from profiles.records import SCHEMA_VERSION, SEPARATOR, Source, Status, candidate_digest
 
-SCHEMA = pa.schema([
-    ("gpu", pa.string()),
-    ("model", pa.string()),
-    ("linear", pa.string()),
-    ("n", pa.int32()),
-    ("k", pa.int32()),
-    ("num_experts", pa.int32()),
-    ("tokens_per_expert", pa.list_(pa.int32())),
-    ("load_source", pa.string()),
-    ("schemes", pa.list_(pa.string())),
-    ("config", pa.string()),
-    ("status", pa.string()),
-    ("error", pa.string()),
-    ("latency_us", pa.float64()),
-    ("p20_us", pa.float64()),
-    ("p80_us", pa.float64()),
-    ("num_samples", pa.int32()),
-    ("sm_clock_mhz", pa.float64()),
-    ("source", pa.string()),
-    ("kernel_fingerprint", pa.string()),
-    ("versions", pa.map_(pa.string(), pa.string())),
-    ("timestamp", pa.string()),
-    ("schema_version", pa.int32()),
-])
+SCHEMA = pa.schema(
+    [
+        ("gpu", pa.string()),
+        ("model", pa.string()),
+        ("linear", pa.string()),
+        ("n", pa.int32()),
+        ("k", pa.int32()),
+        ("num_experts", pa.int32()),
+        ("tokens_per_expert", pa.list_(pa.int32())),
+        ("load_source", pa.string()),
+        ("schemes", pa.list_(pa.string())),
+        ("config", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("latency_us", pa.float64()),
+        ("p20_us", pa.float64()),
+        ("p80_us", pa.float64()),
+        ("num_samples", pa.int32()),
+        ("sm_clock_mhz", pa.float64()),
+        ("source", pa.string()),
+        ("kernel_fingerprint", pa.string()),
+        ("versions", pa.map_(pa.string(), pa.string())),
+        ("timestamp", pa.string()),
+        ("schema_version", pa.int32()),
+    ]
+)
 NULLABLE = {"latency_us", "p20_us", "p80_us", "sm_clock_mhz"}
 OUTCOME = ("status", "latency_us", "p20_us", "p80_us")  # what two rows of one candidate must agree in
 
@@ -74,11 +78,13 @@ def read_parquet(path: Path) -> pa.Table:
     if "schema_version" in table.column_names:
         for version in table.column("schema_version").unique().to_pylist():
             if version != SCHEMA_VERSION:
-                raise DataError(f"{path}: a profile of schema version {version}; this version of bitile reads {SCHEMA_VERSION}")
+                raise DataError(
+                    f"{path}: its schema version is {version}; this version of bitile reads {SCHEMA_VERSION}"
+                )
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     extra = [name for name in table.column_names if name not in SCHEMA.names]
     if missing or extra:
-        raise DataError(f"{path}: not a profile; missing columns: {_listed(missing)}; unknown columns: {_listed(extra)}")
+        raise DataError(f"{path}: not a profile (missing columns: {_listed(missing)}; unknown: {_listed(extra)})")
     try:
         return table.select(SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
     except (pa.ArrowException, TypeError) as error:
@@ -95,7 +101,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         with replacing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); what was there is unchanged") from error
+        reason = error.strerror or str(error)
+        raise DataError(f"{path}: cannot be written ({reason}); what was there is unchanged") from error
 
 
 def check(table: pa.Table, where: str, expected_gpu: str | None = None) -> None:
@@ -164,10 +171,12 @@ def _rules(table: pa.Table) -> Iterator[tuple[str, str, Mask]]:
     latency, p20, p80 = numbers("latency_us"), numbers("p20_us"), numbers("p80_us")
     yield "p20_us", "it must not exceed the median", ~absent("p20_us") & (p20 > latency)
     yield "p80_us", "it must not be below the median", ~absent("p80_us") & (p80 < latency)
-    yield "error", "a finished candidate has none, and one that failed has one", ok != pc.equal(table.column("error"), "").to_numpy()
+    no_error = pc.equal(table.column("error"), "").to_numpy()
+    yield "error", "a finished candidate has none, and one that failed has one", ok != no_error
     lengths = pc.list_value_length(table.column("tokens_per_expert")).to_numpy()
     yield "tokens_per_expert", "one number per expert is needed", lengths != numbers("num_experts")
-    yield "tokens_per_expert", "negative or absent numbers of tokens", _any_in_list(table, "tokens_per_expert", lambda flat: pc.less(flat, 0))
+    negative = _any_in_list(table, "tokens_per_expert", lambda flat: pc.less(flat, 0))
+    yield "tokens_per_expert", "numbers of at least 0 are needed", negative
     scheme_lengths = pc.list_value_length(table.column("schemes")).to_numpy()
     yield "schemes", "one, or one per expert, is needed", (scheme_lengths != 1) & (scheme_lengths != lengths)
 
