@@ -20,8 +20,6 @@ BLOCKS = 4
 """m16 blocks of a unit: 64 rows are four MMA operands of 16 rows."""
 STRIP_BYTES = UNIT_ROWS * 2
 """One group's scales (or zero points) of a unit's 64 rows: bf16."""
-X_ROW_ALIGN_BYTES = 16
-"""An activation row begins at a multiple of this: the granule of cp.async."""
 
 
 class ActivationKind(Enum):
@@ -32,6 +30,17 @@ class ActivationKind(Enum):
     E4M3 = "e4m3"
     INT4 = "int4"
     INT4_GROUP = "int4_group"
+
+
+X_K_MULTIPLE = {
+    ActivationKind.BF16: 8,
+    ActivationKind.INT8: 128,
+    ActivationKind.E4M3: 128,
+    ActivationKind.INT4: 128,
+    ActivationKind.INT4_GROUP: 128,
+}
+"""Activations are padded with zeros along K to a multiple of this: bf16 rows to the 16 bytes of a cp.async, others to
+the k-tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +185,8 @@ class Layout:
         return 1 if self.group_size == -1 else -(-k // self.group_size)
 
     def x_stride_bytes(self, k: int) -> int:
-        """Bytes from one token's activations to the next's: bf16 padded to 16 bytes, the others to the k-tile."""
-        if self.activation is ActivationKind.BF16:
-            return round_up(2 * k, X_ROW_ALIGN_BYTES)
-        return self.num_k_tiles(k) * self.x_row_bytes
+        """Bytes from one token's activations to the next's."""
+        return round_up(k, X_K_MULTIPLE[self.activation]) * _ACTIVATION_BITS[self.math] // 8
 
     def num_x_scales(self, k: int) -> int:
         """fp32 scales of one token: none for bf16, one, or one per group of 128."""

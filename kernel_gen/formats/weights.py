@@ -1,0 +1,142 @@
+"""Weights: from floats to codes and scales, and back to floats. Plain tensors, any device; the kernels' byte order is packing.py's.
+
+value = (u - z) * scale. Symmetric schemes: z = 2^(b-1), scale = max|w| / (2^(b-1) - 1). Asymmetric ones: the range includes 0,
+scale = (max - min) / (2^b - 1), z = round(-min / scale). e4m3: value = code * scale, scale = max|w| / 448. Codes are computed against
+the scale as it is stored. A scale is at least 2^-126, so that rows of zeros and of subnormals need no special case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from profiles.errors import DataError, SpecError
+from profiles.schemes import NumericType, QuantScheme, QuantSpec
+
+E4M3_MAX = 448.0
+MIN_SCALE = 2.0**-126
+"""The smallest normal float32 and bf16: dividing by it cannot overflow a code's range into NaN, and no GPU flushes it."""
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedWeights:
+    """A stack of experts [E, N, K] in one scheme.
+
+    codes: [E, N, K], uint8 u in [0, 2^b), or float8_e4m3fn, or bfloat16 (w16a16). scales: [E, N, groups], bf16 where the
+    scheme has groups (the last may be shorter), float32 [E, N, 1] per channel, None for w16a16. zeros: uint8 of the same
+    shape, None for symmetric schemes.
+    """
+
+    scheme: QuantScheme
+    codes: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+
+    def expert(self, index: int) -> QuantizedWeights:
+        """A stack of one."""
+        one = slice(index, index + 1)
+        return QuantizedWeights(
+            scheme=self.scheme,
+            codes=self.codes[one],
+            scales=None if self.scales is None else self.scales[one],
+            zeros=None if self.zeros is None else self.zeros[one],
+        )
+
+
+def code_type(scheme: QuantScheme) -> torch.dtype:
+    """What a scheme's codes are held in before packing."""
+    if scheme.weights is None:
+        return torch.bfloat16
+    return torch.float8_e4m3fn if scheme.weights.type is NumericType.FLOAT else torch.uint8
+
+
+def quantize(weights: Tensor, scheme: QuantScheme) -> QuantizedWeights:
+    """Quantise float weights [E, N, K], or [N, K] as a stack of one, in float32.
+
+    Raises:
+        SpecError: not floats, not two or three dimensions, or a size of 0.
+        DataError: NaN or infinity; the sentence names the expert and row.
+    """
+    if not weights.is_floating_point() or weights.dim() not in (2, 3) or 0 in weights.shape:
+        raise SpecError(
+            f"weights are floats [experts, N, K] or [N, K], no size of them 0; got {weights.dtype} {list(weights.shape)}"
+        )
+    stack = weights if weights.dim() == 3 else weights.unsqueeze(0)
+    spec = scheme.weights
+    if spec is None:
+        _ranges(stack.unsqueeze(-2))
+        limit = torch.finfo(torch.bfloat16).max
+        return QuantizedWeights(
+            scheme=scheme, codes=stack.clamp(-limit, limit).to(torch.bfloat16), scales=None, zeros=None
+        )
+    if spec.type is NumericType.FLOAT:
+        return _quantize_e4m3(stack, scheme)
+    return _quantize_int(stack, scheme, spec)
+
+
+def dequantize(weights: QuantizedWeights) -> Tensor:
+    """The values [E, N, K] in float32; beyond its range they saturate."""
+    if weights.scales is None:
+        return weights.codes.float()
+    k, spec = weights.codes.shape[-1], weights.scheme.weights
+    assert spec is not None
+    values = _grouped(weights.codes.float(), spec.group_size or k)
+    if weights.zeros is not None:
+        values -= weights.zeros.unsqueeze(-1)
+    elif spec.type is NumericType.INT:
+        values -= 1 << (spec.num_bits - 1)
+    values *= weights.scales.unsqueeze(-1)
+    return values.clamp_(-_FLOAT32_MAX, _FLOAT32_MAX).flatten(2)[..., :k]
+
+
+def _quantize_int(stack: Tensor, scheme: QuantScheme, spec: QuantSpec) -> QuantizedWeights:
+    values = _grouped(stack.float(), spec.group_size or stack.shape[-1])
+    low, high = _ranges(values)
+    num_steps = (1 << spec.num_bits) - 1
+    if spec.symmetric:
+        exact = torch.maximum(-low, high) / (num_steps >> 1)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        exact = high / num_steps - low / num_steps  # the difference first could overflow
+    stored_type = torch.float32 if spec.group_size is None else torch.bfloat16
+    scales = exact.clamp(MIN_SCALE, torch.finfo(stored_type).max).to(stored_type)
+    used = scales.float()
+    zeros = None if spec.symmetric else torch.round(-low / used).clamp_(0, num_steps)
+    steps = (values / used.unsqueeze(-1)).round_()
+    steps += (num_steps + 1) >> 1 if zeros is None else zeros.unsqueeze(-1)
+    codes = steps.clamp_(0, num_steps).to(torch.uint8).flatten(2)[..., : stack.shape[-1]].contiguous()
+    return QuantizedWeights(
+        scheme=scheme, codes=codes, scales=scales, zeros=None if zeros is None else zeros.to(torch.uint8)
+    )
+
+
+def _quantize_e4m3(stack: Tensor, scheme: QuantScheme) -> QuantizedWeights:
+    values = stack.float()
+    low, high = _ranges(values.unsqueeze(-2))
+    scales = (torch.maximum(-low, high) / E4M3_MAX).clamp_(min=MIN_SCALE)
+    # Past 464 the cast gives NaN, and a rounded quotient may pass 448.
+    codes = (values / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return QuantizedWeights(scheme=scheme, codes=codes, scales=scales, zeros=None)
+
+
+def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum, float32 [E, N, groups], of [E, N, groups, size]; refuses what is not finite in float32."""
+    low, high = (value.float() for value in torch.aminmax(groups, dim=-1))
+    finite = (low.isfinite() & high.isfinite()).all(dim=-1)
+    if not bool(finite.all()):
+        expert, row = (~finite).nonzero()[0].tolist()
+        raise DataError(
+            f"the weights of expert {expert} have a NaN or an infinity in row {row}; quantisation needs finite float32 values"
+        )
+    return low, high
+
+
+def _grouped(values: Tensor, group_size: int) -> Tensor:
+    """[E, N, K] as [E, N, groups, group_size]; the last group is filled up with zeros, which change no range that includes 0."""
+    padding = -values.shape[-1] % group_size
+    if padding:
+        values = torch.nn.functional.pad(values, (0, padding))
+    return values.unflatten(-1, (-1, group_size))
