@@ -1,8 +1,8 @@
 """Activations: tokens quantised at run time, one scale a token (int4 also: one per token and 128 k), symmetric.
 
-scale = max|x| / 127 (int8), / 448 (e4m3), / 7 (int4), at least 2^-126; value = code * scale. Nothing here waits for the GPU or
-depends on the data's values, so that a CUDA graph can hold it; a token with a NaN or an infinity gets a scale that is not finite,
-and its whole output row shows it.
+scale = max|x| / 127 (int8), / 448 (e4m3), / 7 (int4), at least 2^-126; value = code * scale. Nothing here waits for the
+GPU, so that a CUDA graph can hold it: a token with a NaN or an infinity is not refused but gets a scale that is not
+finite, and its whole output row shows it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LARGEST_CODE = {
 class QuantizedActivations:
     """Tokens as a launch reads them; Kp is K padded with zeros to kernel_gen.layouts.X_K_MULTIPLE.
 
-    codes: bfloat16, int8 or float8_e4m3fn [T, Kp], or for int4 uint8 [T, Kp/2] with even k in the low nibble, two's complement.
+    codes: bfloat16, int8 or float8_e4m3fn [T, Kp]; int4: uint8 [T, Kp/2], even k in the low nibble, two's complement.
     scales: float32 [T, 1], or [T, Kp/128] for INT4_GROUP; None for bf16. k: K before padding.
     """
 
@@ -52,7 +52,7 @@ def quantize_activations(x: Tensor, scheme: QuantScheme) -> QuantizedActivations
         return QuantizedActivations(kind=kind, codes=codes, scales=None, k=k)
     values = torch.nn.functional.pad(x.float(), (0, padding))
     group_size = X_K_MULTIPLE[kind] if kind is ActivationKind.INT4_GROUP else values.shape[1]
-    groups = values.unflatten(1, (-1, group_size))
+    groups = values.view(x.shape[0], values.shape[1] // group_size, group_size)
     limit = _LARGEST_CODE[kind]
     scales = (groups.abs().amax(dim=-1) / limit).clamp_(min=MIN_SCALE)
     steps = (groups / scales.unsqueeze(-1)).clamp_(-limit, limit).flatten(1)
@@ -70,8 +70,8 @@ def dequantize_activations(x: QuantizedActivations) -> Tensor:
     if x.scales is None:
         return x.codes[:, : x.k].float()
     codes = _unpack_nibbles(x.codes) if x.codes.dtype is torch.uint8 else x.codes
-    num_groups = x.scales.shape[1]
-    values = codes.float().unflatten(1, (num_groups, codes.shape[1] // num_groups)) * x.scales.unsqueeze(-1)
+    num_tokens, num_groups = x.scales.shape
+    values = codes.float().view(num_tokens, num_groups, codes.shape[1] // num_groups) * x.scales.unsqueeze(-1)
     return values.flatten(1)[:, : x.k]
 
 

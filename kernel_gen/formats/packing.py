@@ -1,4 +1,7 @@
-"""From quantised weights to the bytes the kernels read, and back. What lies where is kernel_gen.layouts' to say; this only moves it."""
+"""From quantised weights to the bytes the kernels read, and back.
+
+What lies where is kernel_gen.layouts' to say; this only moves it.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,8 @@ def unpack(packed: PackedWeights) -> QuantizedWeights:
     if layout.twos_complement:
         blob = blob ^ _SIGN_FLIP[layout.weight_bits]
     codes: Tensor | None = None
-    parts = blob.view(_storage_type(layout)).split([_plane_elements(plane, layout) for plane in layout.planes], dim=-1)
+    sizes = [_plane_elements(plane, layout) for plane in layout.planes]
+    parts = torch.split(blob.view(_storage_type(layout)), sizes, dim=-1)
     for part, plane in zip(parts, layout.planes, strict=True):
         bits = _unpack_plane(part, plane, layout)
         codes = bits if codes is None else codes | (bits << plane.low_bit)
@@ -125,7 +129,7 @@ def _pack_plane(codes: Tensor, plane: Plane, layout: Layout) -> Tensor:
     names = _axis_names(layout)
     if plane.num_bits < layout.weight_bits:
         codes = (codes >> plane.low_bit) & ((1 << plane.num_bits) - 1)
-    # Fold the fields where the codes lie, fastest first, while neighbours in memory are still neighbours: the permutation moves less.
+    # Fold the fields before the permutation, fastest first: long runs are still contiguous, and less is left to move.
     width = plane.num_bits
     for field in reversed(plane.fields):
         axis = names.index(field)

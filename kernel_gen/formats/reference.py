@@ -1,4 +1,7 @@
-"""What a launch should give: the grouped GEMM in plain matrix products, from the same quantised parts. For tests and the sweep's check."""
+"""What a launch should give: the grouped GEMM in plain matrix products, from the same quantised parts.
+
+For tests and for the sweep's check.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ def expected_output(
         stacks: slot i's experts, all of one K and N.
         plan: int32 [E, 4], rows (expert, slot, index in the slot's stack, 0) in any order, as the launch reads it.
         offsets: int32 [E + 1]; expert e's tokens are offsets[e] to offsets[e + 1].
-        dtype: float32, or float64 where the reference's own rounding should not count. On a GPU float32 products must not
-            be TF32, which is torch's default.
+        dtype: float32, or float64 where the reference's own rounding should not count. On a GPU, float32 products
+            must not be TF32: torch's default.
     """
     n = stacks[0].codes.shape[1]
     y = torch.zeros(x.shape[0], n, dtype=dtype, device=x.device)

@@ -2,12 +2,12 @@
 
 With S = sum_k x_k w_k and M = sqrt(sum_k (x_k w_k)^2), the errors of one output are:
 - bf16 output: at most 2^-8 |S| (8 significant bits, round to nearest).
-- bf16 operands, where a group's scale is multiplied into the weight: each w_k is off by e_k w_k, |e_k| <= 2^-8. Their mean scales
-  S, at most 2^-8 |S|; about it the terms x_k w_k e_k are independent and bounded, so by Hoeffding's inequality they sum to more
-  than 6 * 2^-8 M with a probability below 2 exp(-18) = 3e-8.
-- sums: every partial sum is within |S| + 6 M in the same sense, and one addition loses at most one unit of the accumulator of that:
-  2^-23 for float32 with truncation (tensor cores truncate); 2^-13 per MMA of 32 k for e4m3, whose accumulators keep some 14 bits
-  (DeepSeek-V3 technical report, 3.3.2). Integer sums are exact, but not their scaling: a few units of float32.
+- bf16 operands, where a group's scale is multiplied into the weight: each w_k is off by e_k w_k, |e_k| <= 2^-8. The
+  mean of the e_k scales S, at most 2^-8 |S|; about it the terms x_k w_k e_k are bounded and taken as independent: by
+  Hoeffding's inequality they sum to more than 6 * 2^-8 M with a probability below 2 exp(-18) = 3e-8.
+- sums: every partial sum is within |S| + 6 M in the same sense, and an addition loses at most one unit of that: 2^-23
+  for float32 (tensor cores truncate), per k; 2^-13 for e4m3, whose accumulators keep some 14 bits (DeepSeek-V3
+  technical report, 3.3.2), per MMA of 32 k. Integer sums are exact, but not their scaling: a few units of float32.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def error_bound(scheme: QuantScheme, k: int, y: Tensor, magnitude: Tensor) -> Te
 
 
 def check_output(y: Tensor, expected: Expected) -> str | None:
-    """None if every value of y [T, N] is within its tolerance, else a sentence about the worst. NaN and infinity are never within."""
+    """None if every value of y [T, N] is within its tolerance, else a sentence about the worst; NaN never is within."""
     if y.shape != expected.y.shape:
         return f"output is {list(y.shape)}, expected {list(expected.y.shape)}"
     difference = (y.to(expected.y.dtype) - expected.y).abs()

@@ -1,8 +1,9 @@
-"""Weights: from floats to codes and scales, and back to floats. Plain tensors, any device; the kernels' byte order is packing.py's.
+"""Weights: from floats to codes and scales, and back to floats. The kernels' byte order is packing.py's.
 
-value = (u - z) * scale. Symmetric schemes: z = 2^(b-1), scale = max|w| / (2^(b-1) - 1). Asymmetric ones: the range includes 0,
-scale = (max - min) / (2^b - 1), z = round(-min / scale). e4m3: value = code * scale, scale = max|w| / 448. Codes are computed against
-the scale as it is stored. A scale is at least 2^-126, so that rows of zeros and of subnormals need no special case.
+value = (u - z) * scale. Symmetric schemes: z = 2^(b-1), scale = max|w| / (2^(b-1) - 1). Asymmetric ones: the range
+includes 0, scale = (max - min) / (2^b - 1), z = round(-min / scale). e4m3: value = code * scale, scale = max|w| / 448.
+Codes are computed against the scale as it is stored. A scale is at least 2^-126, so that rows of zeros and of
+subnormals need no special case.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from profiles.schemes import NumericType, QuantScheme, QuantSpec
 
 E4M3_MAX = 448.0
 MIN_SCALE = 2.0**-126
-"""The smallest normal float32 and bf16: dividing by it cannot overflow a code's range into NaN, and no GPU flushes it."""
+"""The smallest normal float32 and bf16: a smaller one could be flushed to 0 and divided by."""
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -25,9 +26,9 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 class QuantizedWeights:
     """A stack of experts [E, N, K] in one scheme.
 
-    codes: [E, N, K], uint8 u in [0, 2^b), or float8_e4m3fn, or bfloat16 (w16a16). scales: [E, N, groups], bf16 where the
-    scheme has groups (the last may be shorter), float32 [E, N, 1] per channel, None for w16a16. zeros: uint8 of the same
-    shape, None for symmetric schemes.
+    codes: [E, N, K], uint8 u in [0, 2^b), or float8_e4m3fn, or bfloat16 (w16a16). scales: bf16 [E, N, groups] where the
+    scheme has groups (the last may be shorter), float32 [E, N, 1] per channel, None for w16a16. zeros: uint8, shaped as
+    the scales; None for symmetric schemes.
     """
 
     scheme: QuantScheme
@@ -62,7 +63,7 @@ def quantize(weights: Tensor, scheme: QuantScheme) -> QuantizedWeights:
     """
     if not weights.is_floating_point() or weights.dim() not in (2, 3) or 0 in weights.shape:
         raise SpecError(
-            f"weights are floats [experts, N, K] or [N, K], no size of them 0; got {weights.dtype} {list(weights.shape)}"
+            f"weights are floats [experts, N, K] or [N, K], no size of them 0, got {weights.dtype} {[*weights.shape]}"
         )
     stack = weights if weights.dim() == 3 else weights.unsqueeze(0)
     spec = scheme.weights
@@ -129,14 +130,14 @@ def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(finite.all()):
         expert, row = (~finite).nonzero()[0].tolist()
         raise DataError(
-            f"the weights of expert {expert} have a NaN or an infinity in row {row}; quantisation needs finite float32 values"
+            f"the weights of expert {expert} have a NaN or an infinity in row {row}; they must be finite in float32"
         )
     return low, high
 
 
 def _grouped(values: Tensor, group_size: int) -> Tensor:
-    """[E, N, K] as [E, N, groups, group_size]; the last group is filled up with zeros, which change no range that includes 0."""
+    """[E, N, K] as [E, N, groups, group_size]; zeros fill up the last group and change no range that includes 0."""
     padding = -values.shape[-1] % group_size
     if padding:
         values = torch.nn.functional.pad(values, (0, padding))
-    return values.unflatten(-1, (-1, group_size))
+    return values.reshape(*values.shape[:-1], values.shape[-1] // group_size, group_size)
