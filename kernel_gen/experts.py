@@ -1,0 +1,115 @@
+"""The experts of one linear on a device: quantised, packed, and bound to the slots of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernel_gen.formats import PackedWeights, pack, quantize
+from profiles.errors import SpecError
+from profiles.schemes import QuantScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Binding:
+    """What a launch reads to find the weights. plan: int32 [E, 4] rows (expert, slot, index in its stack, 0); weights: int64 [slots, 4] device addresses."""
+
+    plan: Tensor
+    weights: Tensor
+
+
+class Experts:
+    """All experts' weights [E, N, K] of one linear, each expert in one scheme; experts of one scheme are one packed stack.
+
+    Args:
+        stacks: one packed stack a scheme; every stack has the same N and K and lies on the same device.
+        members: for each stack, the expert each of its entries is. Together they name every expert exactly once.
+    """
+
+    def __init__(self, stacks: Sequence[PackedWeights], members: Sequence[Sequence[int]]) -> None:
+        _check_stacks(stacks, members)
+        self.stacks = tuple(stacks)
+        self.members = tuple(tuple(experts) for experts in members)
+        self.n, self.k = stacks[0].n, stacks[0].k
+        self.num_experts = sum(len(experts) for experts in members)
+        self.device = stacks[0].blob.device
+        self._bindings: dict[tuple[QuantScheme, ...], Binding] = {}
+
+    @classmethod
+    def from_weights(cls, weights: Tensor, schemes: QuantScheme | Sequence[QuantScheme]) -> Experts:
+        """Quantise (round to nearest) and pack float weights [E, N, K], on their device; one scheme for all experts, or one each."""
+        per_expert = [schemes] * len(weights) if isinstance(schemes, QuantScheme) else list(schemes)
+        if len(per_expert) != len(weights):
+            raise SpecError(f"schemes: expected one, or one for each of {len(weights)} experts, got {len(per_expert)}")
+        distinct = list(dict.fromkeys(per_expert))
+        members = [[e for e, scheme in enumerate(per_expert) if scheme == wanted] for wanted in distinct]
+        stacks = [
+            pack(quantize(weights[experts], scheme)) for scheme, experts in zip(distinct, members, strict=True)
+        ]
+        return cls(stacks, members)
+
+    @property
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """The schemes in use, one a stack."""
+        return tuple(stack.scheme for stack in self.stacks)
+
+    @property
+    def scheme_of_expert(self) -> tuple[QuantScheme, ...]:
+        """Each expert's scheme."""
+        found = {e: stack.scheme for stack, experts in zip(self.stacks, self.members, strict=True) for e in experts}
+        return tuple(found[e] for e in range(self.num_experts))
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all weights and scales."""
+        return sum(stack.num_bytes for stack in self.stacks)
+
+    def bind(self, slots: tuple[QuantScheme, ...]) -> Binding:
+        """Tables for a kernel whose slots are these schemes; made once, then kept, since a captured graph reads them on every replay.
+
+        The plan lists experts of slow tiles first (wide activations, then wide weights), so that no long tile is left for the end.
+        """
+        missing = [scheme.name for scheme in self.schemes if scheme not in slots]
+        if missing:
+            raise SpecError(f"experts: schemes {missing} are not among the kernel's {[scheme.name for scheme in slots]}")
+        if slots not in self._bindings:
+            rows = [
+                (stack.scheme.activation_bits, stack.scheme.weight_bits, expert, slots.index(stack.scheme), index)
+                for stack, experts in zip(self.stacks, self.members, strict=True)
+                for index, expert in enumerate(experts)
+            ]
+            rows.sort(key=lambda row: (-row[0], -row[1], row[2]))
+            by_scheme = {stack.scheme: stack for stack in self.stacks}
+            self._bindings[slots] = Binding(
+                plan=torch.tensor([[*row[2:], 0] for row in rows], dtype=torch.int32, device=self.device),
+                weights=torch.tensor(
+                    [_addresses(by_scheme.get(scheme)) for scheme in slots], dtype=torch.int64, device=self.device
+                ),
+            )
+        return self._bindings[slots]
+
+
+def _addresses(stack: PackedWeights | None) -> list[int]:
+    if stack is None:
+        return [0, 0, 0, 0]
+    parts = (stack.blob, stack.scale_strip, stack.zero_strip, stack.channel_scales)
+    return [0 if part is None else part.data_ptr() for part in parts]
+
+
+def _check_stacks(stacks: Sequence[PackedWeights], members: Sequence[Sequence[int]]) -> None:
+    if not stacks or len(stacks) != len(members):
+        raise SpecError(f"stacks: expected one or more, with as many lists of experts, got {len(stacks)} and {len(members)}")
+    for stack, experts in zip(stacks, members, strict=True):
+        if stack.num_experts != len(experts):
+            raise SpecError(f"members: the {stack.scheme.name} stack holds {stack.num_experts} experts, {len(experts)} are named")
+    shapes = {(stack.n, stack.k, str(stack.blob.device)) for stack in stacks}
+    if len(shapes) > 1:
+        raise SpecError(f"stacks: expected one N, K and device, got {sorted(shapes)}")
+    if len({stack.scheme for stack in stacks}) != len(stacks):
+        raise SpecError(f"stacks: expected distinct schemes, got {[stack.scheme.name for stack in stacks]}")
+    named = sorted(expert for experts in members for expert in experts)
+    if named != list(range(len(named))):
+        raise SpecError(f"members: expected each expert 0..{len(named) - 1} exactly once, got {named}")
