@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,4 +64,4 @@ def _is_valid(name: str, value: Any) -> bool:
     if name == "fingerprint":
         return isinstance(value, str)
     kinds = (int, float) if name == "compile_seconds" else (int,)
-    return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

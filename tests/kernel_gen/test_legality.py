@@ -1,0 +1,149 @@
+"""The one legality function: each rule refuses what breaks it, says the numbers, and lets its neighbour through."""
+
+import dataclasses
+
+import pytest
+
+from costmodel.facts import BuildFacts
+from costmodel.occupancy import smem_per_cta
+from kernel_gen import smem
+from kernel_gen.layouts import UNIT_ROWS, layout_of
+from kernel_gen.legality import estimated_facts, reasons, require_legal, smem_bytes
+from profiles import kernels, schemes
+from profiles.errors import UnsupportedError
+from profiles.gpus import gpu
+from profiles.kernels import KernelConfig
+from profiles.schemes import KERNEL_SCHEMES
+
+W4A16 = schemes.parse("w4a16_g128_sym")
+PACKABLE = [scheme for scheme in KERNEL_SCHEMES if scheme.name != "w4a8_g128_sym_e4m3"]
+SMALL = kernels.parse("mma_128x16_w8x1x1_s4_k1_at_o1")
+
+
+def refusals(name: str, scheme: str | tuple[str, ...] = "w4a16_g128_sym", on: str = "rtx4090", **options: object) -> str:
+    names = (scheme,) if isinstance(scheme, str) else scheme
+    return "; ".join(reasons(kernels.parse(name), [schemes.parse(item) for item in names], gpu(on), **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", PACKABLE, ids=str)
+def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantScheme) -> None:
+    assert reasons(SMALL, [scheme], gpu("rtx4090")) == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "scheme", "on", "says"),
+    [
+        ("mma_128x128_w8x1x1_s4_k1_at_o1", "w16a16", "rtx4090", "smem 132 KiB > 99 KiB per block on rtx4090"),
+        ("mma_128x16_w8x1x1_s4_k1_at_o2", "w16a16", "rtx4090", "smem 2 x 77.12 KiB (1 KiB reserved in each) > 100 KiB per SM on rtx4090"),
+        ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a4_g-1_sym", "h200", "no int4 tensor cores on sm_90 (h200)"),
+        ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a4_g-1_sym", "rtx5090", "no int4 tensor cores on sm_120 (rtx5090)"),
+        ("mma_128x16_w8x1x1_s4_k1_at_o1", "w8a8_g-1_sym_e4m3", "h200", "no fp8 mma.sync on sm_90 (h200)"),
+        ("mma_128x16_w8x1x1_s4_k1_at_o1", "w8a8_g-1_sym_e4m3", "a100", "fp8 mma needs sm_89, a100 is sm_80"),
+        ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "b200", "b200 is sm_100a"),
+        ("mma_128x16_w4x1x2_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "slice-K 2: the mma family generates warps.k = 1 only"),
+        ("mma_128x16_w8x1x1_s4_k2_at_o1", "w4a16_g128_sym", "rtx4090", "split-K 2: the mma family generates split_k = 1 only"),
+        ("mma_128x16_w8x1x1_s1_k1_at_o1", "w4a16_g128_sym", "rtx4090", "1 stages: the pipeline needs at least 2"),
+        ("mma_96x16_w2x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "tile.m 96 is not a multiple of the packed unit's 64 rows"),
+        ("mma_64x16_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "tile.m 64 does not split into 16-row MMA blocks over 8 warps"),
+        ("mma_128x12_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "tile.n 12 does not split into 8-token MMA blocks"),
+        ("mma_128x24_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "3 token blocks: ldmatrix takes 1, or pairs"),
+        ("mma_64x8_w1x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "32 threads: at least 64"),
+        ("mma_512x64_w32x2x1_s2_k1_at_o1", "w2a16_g128_sym", "h200", "2048 threads > 1024 per block"),
+        ("mma_64x8_w4x1x1_s2_k1_at_o13", "w2a16_g-1_sym", "h200", "registers: about"),
+        ("mma_128x256_w2x2x1_s2_k1_at_o1", "w4a16_g128_sym", "h200", "registers: about"),
+        ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a8_g128_sym_e4m3", "rtx4090", "no 4-bit to e4m3 decoder"),
+        ("wgmma_128x16_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "h200", "not generated yet"),
+    ],
+)
+def test_rule_says_its_numbers(config: str, scheme: str, on: str, says: str) -> None:
+    assert says in refusals(config, scheme, on)
+
+
+def test_group_64_with_int8_math_names_the_k_tile() -> None:
+    text = refusals("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a8_g64_sym")
+    assert "group 64" in text
+    assert "128" in text
+
+
+def test_all_reasons_are_listed() -> None:
+    text = refusals("mma_64x24_w8x1x2_s1_k2_at_o1", ("w4a4_g-1_sym", "w8a8_g-1_sym_e4m3"), "a100")
+    for part in ("slice-K", "split-K", "1 stages", "tile.m 64", "tile.n 24", "fp8 mma needs sm_89"):
+        assert part in text
+
+
+def test_slots() -> None:
+    config = "mma_128x16_w8x1x1_s3_k1_at_o1"
+    assert refusals(config, ("w4a16_g128_sym", "w8a8_g-1_sym", "w4a4_g-1_sym", "w2a16_g128_sym")) == ""
+    assert "0 schemes: a kernel holds 1 to 4" in refusals(config, ())
+    five = ("w16a16", "w8a16_g128_sym", "w4a16_g128_sym", "w3a16_g128_sym", "w2a16_g128_sym")
+    assert "5 schemes: a kernel holds 1 to 4" in refusals(config, five)
+    assert "w16a16 twice" in refusals(config, ("w16a16", "w16a16"))
+    assert "one int4 activation tensor" in refusals(config, ("w4a4_g-1_sym", "w4a4_g128_sym"))
+
+
+def test_emulated_math_passes_only_when_asked() -> None:
+    for scheme in ("w4a4_g128_sym", "w8a8_g-1_sym_e4m3"):
+        assert refusals(SMALL.name, scheme, "h200")
+        assert refusals(SMALL.name, scheme, "h200", allow_emulated=True) == ""
+    assert "fp8 mma needs sm_89" in refusals(SMALL.name, "w8a8_g-1_sym_e4m3", "a100", allow_emulated=True)
+
+
+def test_facts_replace_the_estimate() -> None:
+    facts = estimated_facts(SMALL, [W4A16], gpu("rtx4090"))
+    assert facts.is_estimated
+    assert reasons(SMALL, [W4A16], gpu("rtx4090"), facts=facts) == ()
+
+    def with_facts(config: KernelConfig = SMALL, **changes: int) -> str:
+        changed: BuildFacts = dataclasses.replace(facts, **changes)
+        return "; ".join(reasons(config, [W4A16], gpu("rtx4090"), facts=changed))
+
+    assert "spills 8 bytes" in with_facts(spill_bytes=8)
+    assert "stack of 16 bytes" in with_facts(stack_bytes=16)
+    assert "smem 100 KiB > 99 KiB" in with_facts(smem_bytes=100 * 1024)
+    two = dataclasses.replace(SMALL, min_ctas_per_sm=2)
+    assert "registers 2 x 40960 (160 a thread) > 65536 per SM" in with_facts(two, registers_per_thread=160)
+    big = kernels.parse("mma_128x256_w2x2x1_s2_k1_at_o1")
+    assert refusals(big.name, on="h200")
+    measured = dataclasses.replace(facts, registers_per_thread=250, num_threads=big.num_threads)
+    assert reasons(big, [W4A16], gpu("h200"), facts=measured) == ()
+
+
+def test_require_legal_carries_the_reasons() -> None:
+    with pytest.raises(UnsupportedError, match="slice-K 2") as caught:
+        require_legal(kernels.parse("mma_128x16_w4x1x2_s4_k1_at_o1"), [W4A16], gpu("rtx4090"))
+    assert len(caught.value.reasons) == 1
+    require_legal(SMALL, [W4A16], gpu("rtx4090"))
+
+
+@pytest.mark.parametrize("scheme", PACKABLE, ids=str)
+@pytest.mark.parametrize("config", ["mma_64x8_w4x1x1_s2_k1_at_o1", "mma_128x16_w8x1x1_s4_k1_at_o1", "mma_256x128_w4x2x1_s3_k1_af_o1"])
+def test_stage_parts_neither_overlap_nor_leave_the_stage(config: str, scheme: schemes.QuantScheme) -> None:
+    parsed = kernels.parse(config)
+    stage = smem.stage_layout(parsed, scheme)
+    parts = [(0, stage.w_bytes), (stage.x_offset, stage.x_bytes), (stage.scale_offset, stage.scale_bytes)]
+    parts += [(stage.zero_offset, stage.zero_bytes), (stage.sx_offset, stage.sx_bytes), (stage.stage_bytes, 0)]
+    for (offset, size), (following, _) in zip(parts, parts[1:], strict=False):
+        assert offset % 16 == 0
+        assert offset + size <= following
+    assert stage.x_offset % 128 == 0
+    assert stage.stage_bytes % 128 == 0
+    assert stage.w_bytes == layout_of(scheme).unit_bytes * parsed.tile.m // UNIT_ROWS
+    assert smem_bytes(parsed, [scheme], 64) == parsed.num_stages * stage.stage_bytes + 16 * 64 + 16
+
+
+def test_stage_by_hand() -> None:
+    """128 x 16, int4 weights and groups of 128, with zero points: 4096 packed, 16 rows of 128, two strips of 256."""
+    stage = smem.stage_layout(SMALL, schemes.parse("w4a16_g128_asym"))
+    assert (stage.w_bytes, stage.x_offset, stage.scale_offset, stage.zero_offset, stage.stage_bytes) == (4096, 4096, 6144, 6400, 6656)
+    stage = smem.stage_layout(SMALL, schemes.parse("w4a4_g128_sym"))  # 8192, 16 rows of 64, one strip of 256, 16 token scales
+    assert (stage.w_bytes, stage.scale_offset, stage.sx_offset, stage.stage_bytes) == (8192, 9216, 9472, 9600)
+    channel = smem.stage_layout(SMALL, schemes.parse("w4a16_g-1_asym"))
+    assert channel.scale_bytes == channel.zero_bytes == 0
+    assert smem.stage_bytes(SMALL, [schemes.parse("w4a16_g128_asym"), schemes.parse("w16a16")]) == 16384 + 2048
+
+
+def test_estimate_respects_the_occupancy_target() -> None:
+    config = dataclasses.replace(SMALL, min_ctas_per_sm=2)
+    facts = estimated_facts(config, [W4A16], gpu("rtx4090"))
+    assert facts.ctas_per_sm >= 2
+    assert 2 * smem_per_cta(facts.smem_bytes) <= gpu("rtx4090").smem_per_sm_bytes
