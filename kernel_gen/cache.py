@@ -1,0 +1,105 @@
+"""Compiled kernels on disk, found by content: the same sources, spec and compiler give the same entry on every machine.
+
+An entry is one folder, `kernel.o` and `entry.json`, that appears by one rename. An entry that is damaged is dropped when it is asked for, and compiled again.
+The place is `$BITILE_CACHE`, else `bitile` in `$XDG_CACHE_HOME`, else in `~/.cache`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernel_gen.compiler import Artifact, dsl_version
+from kernel_gen.gate import CodeFacts
+from kernel_gen.kernels import KernelSpec
+
+ENTRY_VERSION = 1
+"""Goes up when what an entry holds, or how its facts are read from the code, changes."""
+OBJECT_NAME = "kernel.o"
+ENTRY_NAME = "entry.json"
+
+
+def default_cache_dir() -> Path:
+    """Where kernels are kept unless a caller says otherwise."""
+    if own := os.environ.get("BITILE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bitile"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelCache:
+    """The kernels under `root`. Several processes may use one cache at the same time."""
+
+    root: Path
+
+    def get(self, spec: KernelSpec) -> Artifact | None:
+        """The kernel of `spec`, or None when it is not there or is damaged, in which case its entry is removed."""
+        folder = self._folder(spec)
+        try:
+            text, code_object = (folder / ENTRY_NAME).read_text(), (folder / OBJECT_NAME).read_bytes()
+        except FileNotFoundError:
+            return None
+        entry = _read_entry(text)
+        if (
+            entry is None
+            or entry["label"] != spec.label
+            or entry["object_sha256"] != hashlib.sha256(code_object).hexdigest()
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return Artifact(
+            spec=spec, object_path=folder / OBJECT_NAME, code=entry["code"], compile_seconds=entry["compile_seconds"]
+        )
+
+    def put(self, artifact: Artifact) -> Artifact:
+        """Keep a compiled kernel; the artifact returned points at the cache's copy. Raises OSError when the disk is full."""
+        folder = self._folder(artifact.spec)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        code_object = artifact.object_path.read_bytes()
+        entry = {
+            "label": artifact.spec.label,
+            "object_sha256": hashlib.sha256(code_object).hexdigest(),
+            "code": dataclasses.asdict(artifact.code),
+            "compile_seconds": artifact.compile_seconds,
+        }
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=self.root) as scratch:
+            new = Path(scratch, folder.name)
+            new.mkdir()
+            (new / OBJECT_NAME).write_bytes(code_object)
+            (new / ENTRY_NAME).write_text(json.dumps(entry, sort_keys=True))
+            try:
+                new.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # not another process that compiled the same kernel
+                    raise
+        return dataclasses.replace(artifact, object_path=folder / OBJECT_NAME)
+
+    def scratch_dir(self) -> tempfile.TemporaryDirectory[str]:
+        """A folder on the cache's disk for a kernel that is being compiled."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".compile-", dir=self.root)
+
+    def _folder(self, spec: KernelSpec) -> Path:
+        content = f"{spec.fingerprint()}|{dsl_version()}|{spec.arch}|{ENTRY_VERSION}"
+        key = hashlib.sha256(content.encode()).hexdigest()[:32]
+        return self.root / key[:2] / key
+
+
+def _read_entry(text: str) -> dict[str, Any] | None:
+    """An entry with its facts as an object, or None when the text is not one."""
+    try:
+        entry = json.loads(text)
+        facts: dict[str, Any] = entry["code"]
+        lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
+        entry["code"] = CodeFacts(**{**facts, **lists})
+        return entry if entry.keys() == {"label", "object_sha256", "code", "compile_seconds"} else None
+    except (ValueError, KeyError, TypeError, AttributeError):  # truncated, or of another program
+        return None

@@ -1,0 +1,91 @@
+"""One kernel from its spec: an object file to link, with what its machine code shows, or a function to call at once.
+
+Compiling needs no GPU and no CUDA toolkit: the target is an option, so that one process compiles for every architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from costmodel.facts import BuildFacts
+from kernel_gen.gate import CodeFacts, build_facts, inspect_cubin
+from kernel_gen.kernels import KernelSpec, entry
+from profiles.errors import BitileError, UserError
+from profiles.gpus import GpuSpec
+from profiles.kernels import Family
+
+DSL_PACKAGE = "nvidia-cutlass-dsl"
+
+
+class CompileError(BitileError):
+    """The compiler refused a kernel: a finding about that kernel, not a user's mistake."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """One compiled kernel. `object_path` exports its entry under `spec.name`; `code` holds on every GPU of `spec.arch`."""
+
+    spec: KernelSpec
+    object_path: Path
+    code: CodeFacts
+    compile_seconds: float
+
+    def facts(self, gpu: GpuSpec) -> BuildFacts:
+        """What the latency model reads, on this GPU."""
+        return build_facts(self.code, self.spec, gpu, compile_seconds=self.compile_seconds)
+
+
+def dsl_version() -> str:
+    """The version of the compiler, which decides the machine code. UserError when it is not installed."""
+    try:
+        return importlib.metadata.version(DSL_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"{DSL_PACKAGE} is not installed, so no kernel can be compiled: pip install 'bitile[compile]'"
+        ) from None
+
+
+def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
+    """Compile `spec` and write `{spec.name}.o` into `out_dir`, an existing folder. CompileError when the compiler refuses it."""
+    with tempfile.TemporaryDirectory(prefix="bitile-") as scratch:
+        started = time.perf_counter()
+        # Only wgmma can be serialised behind our back, and asking for ptxas's log compiles the kernel twice.
+        with_log = spec.config.family is Family.WGMMA
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            compiled = _compile(spec, f"--keep-cubin --dump-dir {scratch}" + (" remarks{ptx}" if with_log else ""))
+        object_path = out_dir / f"{spec.name}.o"
+        compiled.export_to_c(str(object_path), function_name=spec.name)
+        seconds = time.perf_counter() - started
+        cubin = Path(scratch, f"{spec.name}.cubin")
+        cubin.write_bytes(compiled.__cubin__)
+        code = inspect_cubin(cubin, ptxas_log=log.getvalue())
+    return Artifact(spec=spec, object_path=object_path, code=code, compile_seconds=seconds)
+
+
+def load_in_process(spec: KernelSpec) -> Callable[..., None]:
+    """Compile `spec` into this process, which has a GPU of `spec.arch`: the function takes the entry's arguments of ARCHITECTURE.md."""
+    function: Callable[..., None] = _compile(spec, "")
+    return function
+
+
+def _compile(spec: KernelSpec, options: str) -> Any:
+    import cutlass.cute as cute
+    from cutlass.base_dsl.common import DSLBaseError
+
+    kernel, fake_arguments = entry(spec)
+    try:
+        return cute.compile(kernel, *fake_arguments, options=f"--enable-tvm-ffi --gpu-arch {spec.arch} {options}")
+    except DSLBaseError as error:
+        raise CompileError(f"{spec.label}: {_first_line(str(error))}") from error
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "the compiler gave no reason")
