@@ -1,13 +1,15 @@
 """The analytic core: latency of grouped-GEMM launches from facts alone, no measurement.
 
-A launch is a persistent grid: CTA i takes tiles i, i + grid, ... of the tile list, whose slow schemes come first. Per tile, the time follows from
-what each resource of an SM must do for the CTAs that share it; the launch ends when CTA 0 (it has the longest tile of every round) does, or when
-DRAM has delivered every byte, and a launch floor and the pipeline's first fill come on top:
+A launch is a persistent grid: CTA i takes tiles i, i + grid, ... of the tile list, whose slow schemes come first. Per
+tile, the time follows from what each resource of an SM must do for the CTAs that share it; the launch ends when CTA 0
+(it has the longest tile of every round) does, or when DRAM has delivered every byte, and a launch floor and the
+pipeline's first fill come on top:
 
     latency = floor + fill + || makespan, DRAM time ||
 
-where ||.|| is a p-norm: never below either, equal to the larger when one dominates. Little's law is inside the makespan: an iteration cannot be
-shorter than DRAM's latency over the stages in flight. Rows are independent and everything is numpy, thousands of launches at a time.
+where ||.|| is a p-norm: never below either, equal to the larger when one dominates. Little's law is inside the
+makespan: an iteration cannot be shorter than DRAM's latency over the stages in flight. Rows are independent and
+everything is numpy, thousands of launches at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from costmodel.facts import BuildFacts
 from costmodel.launches import FLOPS_PER_MMA_K1, Launch, LaunchTable
 from profiles.errors import UnsupportedError
 from profiles.gpus import GpuSpec, Math
-from profiles.kernels import Family, GemmShape, KernelConfig
+from profiles.kernels import GemmShape, KernelConfig
 from profiles.loads import TokenLoad
 from profiles.schemes import QuantScheme
 
@@ -36,9 +38,10 @@ Array = npt.NDArray[np.float64]
 class LatencyBreakdown:
     """Where one launch's time goes.
 
-    `latency_us` = `launch_us` + `fill_us` + the p-norm of `makespan_us` and `dram_us`. `tensor_us` to `fetch_us` are what the makespan would be if
-    that were the only resource; `roofline_us` is the bound no kernel can beat: bytes once over the data sheet's bandwidth, flops without padding
-    over the data sheet's rate. `padding` is multiplied over useful flops, `dram_bytes` what is moved, re-reads included.
+    `latency_us` = `launch_us` + `fill_us` + the p-norm of `makespan_us` and `dram_us`. `tensor_us` to `fetch_us` are
+    what the makespan would be if that were the only resource; `roofline_us` is the bound no kernel can beat: bytes
+    once over the data sheet's bandwidth, flops without padding over the data sheet's rate. `padding` is multiplied
+    over useful flops, `dram_bytes` what is moved, re-reads included.
     """
 
     latency_us: float
@@ -73,7 +76,9 @@ BREAKDOWN_COLUMNS = tuple(field.name for field in dataclasses.fields(LatencyBrea
 """Columns of what `launch_latencies` returns, in order."""
 
 
-def launch_latencies(gpu: GpuSpec, launches: Sequence[Launch], constants: AnalyticConstants = DEFAULT_CONSTANTS) -> pd.DataFrame:
+def launch_latencies(
+    gpu: GpuSpec, launches: Sequence[Launch], constants: AnalyticConstants = DEFAULT_CONSTANTS
+) -> pd.DataFrame:
     """One row of `BREAKDOWN_COLUMNS` per launch, in order; 1 without tokens costs the floor alone.
 
     UnsupportedError if a scheme's math has no tensor cores on `gpu`.
@@ -90,7 +95,9 @@ def launch_latency(
     facts: BuildFacts,
     constants: AnalyticConstants = DEFAULT_CONSTANTS,
 ) -> LatencyBreakdown:
-    """One launch. `schemes` holds one scheme per expert, or one for all; `shape`'s n and k are an expert's, its m is not read (the load says it)."""
+    """One launch. `schemes` holds one scheme per expert, or one for all; `shape`'s n and k are an expert's, its m is
+    not read (the load says it).
+    """
     launch = Launch(shape=shape, load=load, schemes=tuple(schemes), config=config, facts=facts)
     row = launch_latencies(gpu, [launch], constants).iloc[0]
     return LatencyBreakdown(**{name: float(row[name]) for name in BREAKDOWN_COLUMNS})
@@ -105,13 +112,16 @@ def marginal_expert_cost(
     tokens: Sequence[int],
     constants: AnalyticConstants = DEFAULT_CONSTANTS,
 ) -> Array:
-    """Microseconds that one more expert with these tokens adds to a launch that already fills the GPU: what an allocator sums. [len(tokens)].
+    """Microseconds that one more expert with these tokens adds to a launch that already fills the GPU: what an
+    allocator sums. [len(tokens)].
 
-    The expert's share of the machine: its tiles over all resident CTAs, against its bytes over the bandwidth. No floor, no wave rounding; zero
-    for no tokens, and never decreasing in tokens.
+    The expert's share of the machine: its tiles over all resident CTAs, against its bytes over the bandwidth. No
+    floor, no wave rounding; zero for no tokens, and never decreasing in tokens.
     """
     loads = [TokenLoad(tokens_per_expert=(int(count),), source="marginal") for count in tokens]
-    table = LaunchTable.of([Launch(shape=shape, load=load, schemes=(scheme,), config=config, facts=facts) for load in loads])
+    table = LaunchTable.of(
+        [Launch(shape=shape, load=load, schemes=(scheme,), config=config, facts=facts) for load in loads]
+    )
     terms = _Terms(gpu, table, constants)
     full = terms.tile_us(table.ctas_per_sm[:, None])
     share = (full.total * table.num_tiles).sum(axis=1) / (gpu.num_sms * table.ctas_per_sm)
@@ -161,7 +171,8 @@ def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAU
 
 
 def _rounds_by_slot(tiles: Array, slots: Array, rounds: Array, rest: Array) -> tuple[Array, Array]:
-    """How many full rounds of CTA 0, and whether its last partial one, fall to each slot of the sorted tile list: two [R, S] arrays.
+    """How many full rounds of CTA 0, and whether its last partial one, fall to each slot of the sorted tile list: two
+    [R, S] arrays.
 
     CTA 0's round r takes tile r * slots; a slot owns the tiles between its cumulative counts.
     """
@@ -202,16 +213,26 @@ class _Terms:
         self.latency_clocks = constants.of(constants.dram_latency_cycles, gpu.compute_capability)
 
     def _tensor_rates(self, *, sheet: bool) -> Array:
-        """Multiply-add operations (2 each) a clock and SM of each slot's math, [R, S]; `sheet`: the data sheet's, not what the family reaches."""
+        """Multiply-add operations (2 each) a clock and SM of each slot's math, [R, S]; `sheet`: the data sheet's, not
+        what the family reaches.
+        """
         gpu, table = self.gpu, self.table
         rates = np.full(len(Math), np.nan)
         for index, math in enumerate(Math):
             if math in gpu.tensor_tops:
                 rates[index] = gpu.tensor_tops[math] * 1e6 / (gpu.num_sms * gpu.boost_clock_mhz)
-        missing = [math.value for index, math in enumerate(Math) if np.isnan(rates[index]) and bool(np.any(table.math_index[table.used] == index))]
+        missing = [
+            math.value
+            for index, math in enumerate(Math)
+            if np.isnan(rates[index]) and bool(np.any(table.math_index[table.used] == index))
+        ]
         if missing:
             raise UnsupportedError(
-                f"a latency on {gpu.name}", [f"no {math} tensor cores on sm_{gpu.compute_capability[0]}{gpu.compute_capability[1]} ({gpu.name})" for math in missing]
+                f"a latency on {gpu.name}",
+                [
+                    f"no {math} tensor cores on sm_{gpu.compute_capability[0]}{gpu.compute_capability[1]} ({gpu.name})"
+                    for math in missing
+                ],
             )
         by_slot = np.nan_to_num(rates, nan=1.0)[table.math_index]
         if sheet:
@@ -225,28 +246,42 @@ class _Terms:
         schedulers = np.minimum(ctas * t.num_warps[:, None], float(SUB_PARTITIONS_PER_SM))
         issue_rate = schedulers * c.issue_fraction
         iterations = t.num_k_tiles
-        tensor_clocks = t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1 / self.flops_per_clock_per_sm * SUB_PARTITIONS_PER_SM / schedulers
+        tensor_clocks = (
+            t.k_tile_mmas
+            * t.mma_k
+            * FLOPS_PER_MMA_K1
+            / self.flops_per_clock_per_sm
+            * SUB_PARTITIONS_PER_SM
+            / schedulers
+        )
         mma_clocks = t.mma_k * FLOPS_PER_MMA_K1 / self.flops_per_clock_per_sm * SUB_PARTITIONS_PER_SM
-        chain_clocks = c.k_tile_sync_cycles + t.k_steps * np.maximum(c.mma_latency_cycles, t.mmas_per_k_step_of_a_warp * mma_clocks)
+        chain_clocks = c.k_tile_sync_cycles + t.k_steps * np.maximum(
+            c.mma_latency_cycles, t.mmas_per_k_step_of_a_warp * mma_clocks
+        )
         fetch_clocks = self.latency_clocks * c.loaded_latency_factor / np.maximum(t.num_stages - 1.0, 1.0)[:, None]
         clocks = {
             "tensor": ctas * tensor_clocks * iterations,
             "issue": ctas * t.k_tile_instructions / issue_rate * iterations,
             "smem": ctas * t.k_tile_smem_bytes / SMEM_BYTES_PER_CLOCK * iterations,
-            "l2": ctas * (t.k_tile_weight_bytes + t.k_tile_token_bytes) / self.l2_bytes_per_clock * iterations,
+            "l2": ctas * t.k_tile_bytes / self.l2_bytes_per_clock * iterations,
             "chain": chain_clocks * iterations,
             "fetch": fetch_clocks * iterations,
         }
-        epilogue = ctas * (t.epilogue_instructions / issue_rate + t.output_bytes / self.l2_bytes_per_clock) + c.tile_overhead_cycles
+        epilogue = (
+            ctas * (t.epilogue_instructions / issue_rate + t.output_bytes / self.l2_bytes_per_clock)
+            + c.tile_overhead_cycles
+        )
         total = _norm(list(clocks.values()), c.overlap_exponent) + epilogue
         per_us = {name: np.broadcast_to(value, total.shape) / self.clocks_per_us for name, value in clocks.items()}
         return _TileTime(total=total / self.clocks_per_us, epilogue=epilogue / self.clocks_per_us, **per_us)
 
     def dram_bytes(self) -> Array:
-        """Bytes from and to DRAM, [R]: every active expert's weights and every token once, outputs, and the re-reads that L2 does not hold.
+        """Bytes from and to DRAM, [R]: every active expert's weights and every token once, outputs, and the re-reads
+        that L2 does not hold.
 
-        Walking along tokens, neighbours share the weights and each block of features reads the expert's tokens again; along features, each block of
-        tokens reads the expert's weights again. A re-read misses by the share of the operand that does not fit the usable part of L2.
+        Walking along tokens, neighbours share the weights and each block of features reads the expert's tokens again;
+        along features, each block of tokens reads the expert's weights again. A re-read misses by the share of the
+        operand that does not fit the usable part of L2.
         """
         t = self.table
         usable = self.gpu.l2_bytes * self.constants.l2_usable_fraction
@@ -263,7 +298,9 @@ class _Terms:
     def _minimum_bytes(self) -> Array:
         t = self.table
         outputs = 2.0 * t.num_tokens * t.n[:, None]
-        return np.asarray(t.num_active * t.expert_weight_bytes + t.num_tokens * t.token_bytes + outputs, dtype=np.float64)
+        return np.asarray(
+            t.num_active * t.expert_weight_bytes + t.num_tokens * t.token_bytes + outputs, dtype=np.float64
+        )
 
     def dram_us(self) -> Array:
         """Time of the bytes at the bandwidth that streaming reaches, [R]."""
@@ -277,7 +314,9 @@ class _Terms:
     def multiplied_flops(self) -> Array:
         """Operations that the tensor cores are given, padding included, [R]."""
         t = self.table
-        return np.asarray((t.num_tiles * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(axis=1), dtype=np.float64)
+        return np.asarray(
+            (t.num_tiles * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(axis=1), dtype=np.float64
+        )
 
     def roofline_us(self) -> Array:
         """Larger of bytes over the data sheet's bandwidth and flops over its rates, [R]."""
@@ -289,14 +328,26 @@ class _Terms:
     def fill_us(self) -> Array:
         """Tile table and the first stage's way from DRAM, [R]."""
         c = self.constants
-        return np.asarray((c.prologue_cycles + c.prologue_cycles_per_expert * self.table.num_experts) / self.clocks_per_us, dtype=np.float64)
+        return np.asarray(
+            (c.prologue_cycles + c.prologue_cycles_per_expert * self.table.num_experts) / self.clocks_per_us,
+            dtype=np.float64,
+        )
 
 
 def _norm(parts: Sequence[Array], exponent: float) -> Array:
     """p-norm of non-negative parts, elementwise: at least the largest, at most their sum."""
     largest = np.maximum.reduce(np.broadcast_arrays(*parts))
     scale = np.where(largest > 0, largest, 1.0)
-    return np.asarray(scale * sum((part / scale) ** exponent for part in parts) ** (1.0 / exponent) * (largest > 0), dtype=np.float64)
+    return np.asarray(
+        scale * sum((part / scale) ** exponent for part in parts) ** (1.0 / exponent) * (largest > 0), dtype=np.float64
+    )
 
 
-__all__ = ["BREAKDOWN_COLUMNS", "LatencyBreakdown", "launch_latencies", "launch_latency", "marginal_expert_cost", "solve"]
+__all__ = [
+    "BREAKDOWN_COLUMNS",
+    "LatencyBreakdown",
+    "launch_latencies",
+    "launch_latency",
+    "marginal_expert_cost",
+    "solve",
+]

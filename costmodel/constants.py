@@ -1,4 +1,6 @@
-"""The analytic model's physical numbers that a GpuSpec does not hold. None of them is fitted to this project's measurements."""
+"""The analytic model's physical numbers that a GpuSpec does not hold. None of them is fitted to this project's
+measurements.
+"""
 
 from __future__ import annotations
 
@@ -16,55 +18,68 @@ MMA_K = MappingProxyType({Math.BF16: 16, Math.INT8: 32, Math.E4M3: 32, Math.INT4
 """k of one m16n8 mma.sync (PTX ISA, "Matrix shape")."""
 
 
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalyticConstants:
-    """Physical numbers of the analytic model. Mappings go by compute capability ("8.9") or its major ("8"); the longer key wins."""
+    """Physical numbers of the analytic model. Mappings go by compute capability ("8.9") or its major ("8"); the
+    longer key wins.
+    """
 
     launch_floor_us: float = 4.8
     """An empty kernel in a CUDA graph, start to start; measured on an H200, 2026-11-23. Taken for every card."""
 
     dram_efficiency: float = 0.93
-    """Streaming read over the data sheet's bandwidth. H200: 4445 to 4689 of 4800 GB/s by the reading kernel, 2026-11-23."""
+    """Streaming read over the data sheet's bandwidth. H200: 4445 to 4689 of 4800 GB/s by the reading kernel,
+    2026-11-23."""
 
-    dram_latency_cycles: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"8": 470.0, "8.9": 540.0, "9": 480.0, "12": 600.0}))
-    """Load to use, SM clocks: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv 2402.13499), A100, RTX 4090, H100.
-    12 is a guess from the same ratio of clocks."""
+    dram_latency_cycles: Mapping[str, float] = field(
+        default_factory=lambda: MappingProxyType({"8": 470.0, "8.9": 540.0, "9": 480.0, "12": 600.0})
+    )
+    """Load to use, SM clocks: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv
+    2402.13499), A100, RTX 4090, H100. 12 is a guess from the same ratio of clocks."""
 
     loaded_latency_factor: float = 1.6
     """Queueing when DRAM is near its limit: a guess, between the idle latency (1) and about 2 at saturation."""
 
-    l2_bytes_per_clock_per_sm: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"8": 32.0, "8.6": 20.0, "8.9": 16.0, "9": 26.0, "12": 18.0}))
-    """Sustained by all SMs at once. RTX 4090 about 5 TB/s and H100 PCIe 5.5 to 7 TB/s (Chips and Cheese, 2022-11 and 2023-07) over SMs x clock;
-    the others are guesses between those and the 64 bytes a clock of one SM alone."""
+    l2_bytes_per_clock_per_sm: Mapping[str, float] = field(
+        default_factory=lambda: MappingProxyType({"8": 32.0, "8.6": 20.0, "8.9": 16.0, "9": 26.0, "12": 18.0})
+    )
+    """Sustained by all SMs at once. RTX 4090 about 5 TB/s and H100 PCIe 5.5 to 7 TB/s (Chips and Cheese, 2022-11 and
+    2023-07) over SMs x clock; the others are guesses between those and the 64 bytes a clock of one SM alone."""
 
     l2_usable_fraction: float = 0.5
     """Share of L2 that a re-read operand can count on; H100's L2 is two halves, and outputs stream through. A guess."""
 
-    mma_sync_fraction: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"8": 0.95, "9": 0.62, "12": 0.95}))
-    """Of the data sheet's tensor rate, what warp-level mma.sync reaches: 62% on Hopper, whose peak needs wgmma (arXiv 2402.13499); near all elsewhere."""
+    mma_sync_fraction: Mapping[str, float] = field(
+        default_factory=lambda: MappingProxyType({"8": 0.95, "9": 0.62, "12": 0.95})
+    )
+    """Of the data sheet's tensor rate, what warp-level mma.sync reaches: 62% on Hopper, whose peak needs wgmma (arXiv
+    2402.13499); near all elsewhere."""
 
     issue_fraction: float = 0.7
-    """Of a scheduler's one instruction a clock, what a mix with dependences and barriers reaches. A guess; 0.6 to 0.8 is usual in profiles."""
+    """Of a scheduler's one instruction a clock, what a mix with dependences and barriers reaches. A guess; 0.6 to 0.8
+    is usual in profiles."""
 
     mma_latency_cycles: float = 33.0
     """Dependent m16n8k16 to m16n8k16: 32 to 35 clocks on A100, Ada and Hopper (arXiv 2402.13499)."""
 
     k_tile_sync_cycles: float = 90.0
-    """cp.async wait, CTA barrier (about 30) and the first ldmatrix (about 30) and dequantisation before the first MMA. A guess from these parts."""
+    """cp.async wait, CTA barrier (about 30) and the first ldmatrix (about 30) and dequantisation before the first
+    MMA. A guess from these parts."""
 
     tile_overhead_cycles: float = 300.0
-    """Finding the next tile in the table and starting the epilogue: two shared-memory searches and an address computation. A guess."""
+    """Finding the next tile in the table and starting the epilogue: two shared-memory searches and an address
+    computation. A guess."""
 
     prologue_cycles: float = 2500.0
-    """Tile table: two dependent global reads, a scan over the experts, barriers; then the first stage from DRAM. A guess from the parts."""
+    """Tile table: two dependent global reads, a scan over the experts, barriers; then the first stage from DRAM. A
+    guess from the parts."""
 
     prologue_cycles_per_expert: float = 4.0
     """The scan's share of an expert. A guess."""
 
     overlap_exponent: float = 4.0
-    """Resources of an SM work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity perfectly. A guess."""
+    """Resources of an SM work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity
+    perfectly. A guess."""
 
     def of(self, table: Mapping[str, float], compute_capability: tuple[int, int]) -> float:
         """The entry for a GPU: "major.minor" if there is one, else "major", else the newest major below."""

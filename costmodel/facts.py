@@ -15,8 +15,9 @@ from profiles.errors import DataError
 class BuildFacts:
     """Resources of one compiled kernel.
 
-    `ctas_per_sm` is the occupancy on the GPU the kernel was built for (`costmodel.occupancy`). `mma_instructions` are the opcodes found in the
-    machine code, sorted. `fingerprint` names the machine code by content; it is empty when the facts were estimated, not read from a build.
+    `ctas_per_sm` is the occupancy on the GPU the kernel was built for (`costmodel.occupancy`). `mma_instructions` are
+    the opcodes found in the machine code, sorted. `fingerprint` names the machine code by content; it is empty when
+    the facts were estimated, not read from a build.
     """
 
     registers_per_thread: int
@@ -40,7 +41,9 @@ class BuildFacts:
 
     @classmethod
     def from_json(cls, text: str) -> BuildFacts:
-        """The inverse of `to_json`. Raises DataError on anything else: missing or unknown fields, wrong types, negative numbers."""
+        """The inverse of `to_json`. Raises DataError on anything else: missing or unknown fields, wrong types,
+        negative numbers.
+        """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,9 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """One grouped GEMM: `schemes` is one scheme per expert of the load, or a single one for all. `shape.m` is not read: the load holds the tokens."""
+    """One grouped GEMM: `schemes` is one scheme per expert of the load, or a single one for all. `shape.m` is not
+    read: the load holds the tokens.
+    """
 
     shape: GemmShape
     load: TokenLoad
@@ -39,7 +42,9 @@ class Launch:
         if len(self.schemes) not in (1, experts):
             raise SpecError(f"{len(self.schemes)} schemes for {experts} experts: give one per expert, or one for all")
         if len(set(self.schemes)) > MAX_SLOTS:
-            raise SpecError(f"{len(set(self.schemes))} different schemes in a launch: a kernel holds at most {MAX_SLOTS}")
+            raise SpecError(
+                f"{len(set(self.schemes))} different schemes in a launch: a kernel holds at most {MAX_SLOTS}"
+            )
         if self.facts.ctas_per_sm < 1:
             raise SpecError(f"{self.config.name}: build facts say that no CTA fits an SM, so it has no latency")
 
@@ -54,17 +59,11 @@ class Launch:
         return [(scheme, tuple(counts)) for scheme, counts in by_scheme.items()]
 
 
-# Columns filled per slot and per launch, by the names of LaunchTable.
-_SLOT_COLUMNS = (
-    "num_tokens", "num_active", "num_token_tiles", "max_tokens", "num_tiles", "num_k_tiles", "mma_k", "k_steps", "k_tile_mmas", "k_tile_instructions",
-    "k_tile_smem_bytes", "k_tile_weight_bytes", "k_tile_token_bytes", "mmas_per_k_step_of_a_warp", "epilogue_instructions", "output_bytes",
-    "expert_weight_bytes", "token_bytes",
-)  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTable:
-    """R launches in columns: [R], or [R, S] with S slots (distinct schemes of a launch); unused slots hold zeros and `used` is false."""
+    """R launches in columns: [R], or [R, S] with S slots (distinct schemes of a launch); unused slots hold zeros and
+    `used` is false.
+    """
 
     n: Array
     k: Array
@@ -88,8 +87,7 @@ class LaunchTable:
     k_tile_mmas: Array
     k_tile_instructions: Array
     k_tile_smem_bytes: Array
-    k_tile_weight_bytes: Array
-    k_tile_token_bytes: Array
+    k_tile_bytes: Array
     mmas_per_k_step_of_a_warp: Array
     epilogue_instructions: Array
     output_bytes: Array
@@ -104,12 +102,14 @@ class LaunchTable:
         """The columns of these launches, in order."""
         slots = [launch.slots() for launch in launches]
         width = max((len(row) for row in slots), default=1)
-        filled = np.zeros((len(_SLOT_COLUMNS), len(launches), width))
+        names = [field.name for field in dataclasses.fields(cls)]
+        columns = {name: np.zeros((len(launches), width)) for name in names[names.index("num_tokens") :]}
         used = np.zeros((len(launches), width), dtype=np.bool_)
         math_index = np.zeros((len(launches), width), dtype=np.intp)
         for row, (launch, of_launch) in enumerate(zip(launches, slots, strict=True)):
             for slot, (scheme, tokens) in enumerate(of_launch):
-                filled[:, row, slot] = _slot_values(launch, scheme, tokens)
+                for name, value in _slot_values(launch, scheme, tokens).items():
+                    columns[name][row, slot] = value
                 math_index[row, slot] = _MATH_INDEX[scheme.math]
                 used[row, slot] = True
         configs = [launch.config for launch in launches]
@@ -125,7 +125,7 @@ class LaunchTable:
             is_mma_family=np.asarray([config.family is Family.MMA for config in configs], dtype=np.bool_),
             used=used,
             math_index=math_index,
-            **dict(zip(_SLOT_COLUMNS, filled, strict=True)),
+            **columns,
         )
 
 
@@ -133,14 +133,26 @@ def _column(values: Sequence[int]) -> Array:
     return np.asarray(values, dtype=np.float64)
 
 
-def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -> tuple[float, ...]:
-    """The values of _SLOT_COLUMNS, in order."""
+def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -> dict[str, float]:
+    """A slot's entries in the [R, S] columns, from num_tokens on."""
     shape, config = launch.shape, launch.config
     work, split = tile_work(config, scheme), split_load(tokens, config.tile.n)
-    feature_tiles = -(-shape.n // config.tile.m)
-    return (
-        split.num_tokens, split.num_active_experts, split.num_token_tiles, split.max_tokens, split.num_token_tiles * feature_tiles,
-        -(-shape.k // work.k_tile), MMA_K[scheme.math], work.k_steps, work.k_tile_mmas, work.k_tile_instructions,
-        work.k_tile_smem_bytes, work.k_tile_weight_bytes, work.k_tile_token_bytes, work.mmas_per_k_step_of_a_warp,
-        work.epilogue_instructions, work.output_bytes, expert_weight_bytes(scheme, shape.n, shape.k), token_bytes(scheme, shape.k),
-    )  # fmt: skip
+    return {
+        "num_tokens": split.num_tokens,
+        "num_active": split.num_active_experts,
+        "num_token_tiles": split.num_token_tiles,
+        "max_tokens": split.max_tokens,
+        "num_tiles": split.num_token_tiles * -(-shape.n // config.tile.m),
+        "num_k_tiles": -(-shape.k // work.k_tile),
+        "mma_k": MMA_K[scheme.math],
+        "k_steps": work.k_steps,
+        "k_tile_mmas": work.k_tile_mmas,
+        "k_tile_instructions": work.k_tile_instructions,
+        "k_tile_smem_bytes": work.k_tile_smem_bytes,
+        "k_tile_bytes": work.k_tile_bytes,
+        "mmas_per_k_step_of_a_warp": work.mmas_per_k_step_of_a_warp,
+        "epilogue_instructions": work.epilogue_instructions,
+        "output_bytes": work.output_bytes,
+        "expert_weight_bytes": expert_weight_bytes(scheme, shape.n, shape.k),
+        "token_bytes": token_bytes(scheme, shape.k),
+    }

@@ -1,8 +1,9 @@
 """How many CTAs of a kernel one SM holds, by NVIDIA's allocation rules.
 
-Source of the rules: the CUDA C++ Programming Guide, "Compute Capabilities" (technical specifications per compute capability), and the
-occupancy calculator of Nsight Compute (registers are allocated per warp in units of 256, warps in groups of 4, shared memory in units of
-128 bytes, and every CTA pays 1 KiB of shared memory reserved by the system).
+Source of the rules: the CUDA C++ Programming Guide, "Compute Capabilities" (technical specifications per compute
+capability), and the occupancy calculator of Nsight Compute (registers are allocated per warp in units of 256, warps
+in groups of 4, shared memory in units of 128 bytes, and every CTA pays 1 KiB of shared memory reserved by the
+system).
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ MAX_REGISTERS_PER_THREAD = 255
 MAX_THREADS_PER_CTA = 1024
 
 # Maximum resident CTAs per SM, by compute capability.
-MAX_CTAS_PER_SM = {(8, 0): 32, (8, 6): 16, (8, 7): 16, (8, 9): 24, (9, 0): 32, (10, 0): 32, (10, 3): 32, (11, 0): 24, (12, 0): 24, (12, 1): 24}
+MAX_CTAS_PER_SM = {
+    (8, 0): 32,
+    (8, 6): 16,
+    (8, 7): 16,
+    (8, 9): 24,
+    (9, 0): 32,
+    (10, 0): 32,
+    (10, 3): 32,
+    (11, 0): 24,
+    (12, 0): 24,
+    (12, 1): 24,
+}
 
 
 class Limit(Enum):
@@ -36,7 +48,9 @@ class Limit(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Occupancy:
-    """CTAs that fit one SM, and which resource says so (the first of equals, in the order of `Limit`). Zero CTAs: it cannot launch."""
+    """CTAs that fit one SM, and which resource says so (the first of equals, in the order of `Limit`). Zero CTAs: it
+    cannot launch.
+    """
 
     ctas_per_sm: int
     limit: Limit
@@ -49,7 +63,9 @@ def max_ctas_per_sm(gpu: GpuSpec) -> int:
     except KeyError:
         known = ", ".join(f"{major}.{minor}" for major, minor in MAX_CTAS_PER_SM)
         major, minor = gpu.compute_capability
-        raise SpecError(f"no occupancy limits for compute capability {major}.{minor} ({gpu.name}); known: {known}") from None
+        raise SpecError(
+            f"no occupancy limits for compute capability {major}.{minor} ({gpu.name}); known: {known}"
+        ) from None
 
 
 def registers_per_cta(registers_per_thread: int, num_threads: int) -> int:

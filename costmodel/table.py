@@ -1,6 +1,8 @@
-"""CostTable: what each scheme costs for each linear under each load, and with which configuration. The allocator adds these up; a sweep ends with one.
+"""CostTable: what each scheme costs for each linear under each load, and with which configuration. The allocator adds
+these up; a sweep ends with one.
 
-A row is one (model, linear, scheme, scenario); a scenario is a token load by name. Only launches in which all experts share one scheme have a row.
+A row is one (model, linear, scheme, scenario); a scenario is a token load by name. Only launches in which all experts
+share one scheme have a row.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ class PricedLaunch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossover:
-    """Where `many` becomes faster than `few` for one linear, in mean tokens an expert; None: `winner` is faster at every load of the table."""
+    """Where `many` becomes faster than `few` for one linear, in mean tokens an expert; None: `winner` is faster at
+    every load of the table.
+    """
 
     model: str
     linear: str
@@ -76,8 +80,9 @@ class Crossover:
 class CostTable:
     """Latencies of one GPU, checked when made. Immutable: `frame()` gives a copy.
 
-    Columns: gpu, model_version (the latency model that predicted, or the kernels' versions that were measured), model, linear, scheme, scenario,
-    tokens_per_expert (mean over all experts), latency_us, std_us (null: unknown), config, source, schema_version.
+    Columns: gpu, model_version (the latency model that predicted, or the kernels' versions that were measured),
+    model, linear, scheme, scenario, tokens_per_expert (mean over all experts), latency_us, std_us (null: unknown),
+    config, source, schema_version.
     """
 
     __slots__ = ("_frame",)
@@ -105,10 +110,12 @@ class CostTable:
 
     @classmethod
     def from_profile(cls, profile: pd.DataFrame, *, model_version: str = "profile") -> CostTable:
-        """The fastest configuration of each (model, linear, scheme, scenario) among a profile's finished rows (`ProfileStore.records()`).
+        """The fastest configuration of each (model, linear, scheme, scenario) among a profile's finished rows
+        (`ProfileStore.records()`).
 
-        Measured rows win over predicted ones. `std_us` is p80 - p20 in normal standard deviations. Rows of mixed launches are left out, they are
-        no scheme's cost. DataError when nothing is left or the rows are of several GPUs.
+        Measured rows win over predicted ones. `std_us` is p80 - p20 in normal standard deviations. Rows of mixed
+        launches are left out, they are no scheme's cost. DataError when nothing is left or the rows are of several
+        GPUs.
         """
         rows = profile[(profile["status"] == Status.OK.value) & profile["schemes"].map(_is_uniform)]
         if rows.empty:
@@ -132,12 +139,17 @@ class CostTable:
 
     @classmethod
     def from_predictions(cls, gpu: GpuSpec, launches: Sequence[PricedLaunch]) -> CostTable:
-        """The analytic model's pick for each row among these launches (one a configuration). SpecError for a launch of several schemes."""
+        """The analytic model's pick for each row among these launches (one a configuration). SpecError for a launch
+        of several schemes.
+        """
         if not launches:
             raise SpecError("no launches to predict")
         for priced in launches:
             if len(set(priced.launch.schemes)) != 1:
-                raise SpecError(f"{priced.model} {priced.linear}: a row of a cost table has one scheme, this launch has {len(set(priced.launch.schemes))}")
+                raise SpecError(
+                    f"{priced.model} {priced.linear}: a row of a cost table has one scheme,"
+                    f" this launch has {len(set(priced.launch.schemes))}"
+                )
         latency = launch_latencies(gpu, [priced.launch for priced in launches])["latency_us"]
         frame = pd.DataFrame(
             {
@@ -158,7 +170,9 @@ class CostTable:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], *, gpu: str | None = None) -> CostTable:
-        """A table from Parquet. DataError: truncated, foreign, of another schema version, broken rows, or not of `gpu` where that is given."""
+        """A table from Parquet. DataError: truncated, foreign, of another schema version, broken rows, or not of
+        `gpu` where that is given.
+        """
         return cls(_read(Path(path), gpu), where=str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -166,33 +180,46 @@ class CostTable:
         target = Path(path)
         try:
             with replacing(target) as temporary:
-                pq.write_table(pa.Table.from_pandas(self._frame, schema=SCHEMA, preserve_index=False), temporary, write_page_checksum=True)
+                pq.write_table(
+                    pa.Table.from_pandas(self._frame, schema=SCHEMA, preserve_index=False),
+                    temporary,
+                    write_page_checksum=True,
+                )
         except OSError as error:
-            raise DataError(f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged") from error
+            raise DataError(
+                f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged"
+            ) from error
 
     def latency_us(self, *, model: str, linear: str, scheme: QuantScheme, scenario: str) -> float:
         """One entry. SpecError if the table has none."""
         key = (model, linear, scheme.name, scenario)
-        rows = self._frame[np.logical_and.reduce([self._frame[name] == value for name, value in zip(KEY, key, strict=True)])]
+        rows = self._frame[
+            np.logical_and.reduce([self._frame[name] == value for name, value in zip(KEY, key, strict=True)])
+        ]
         if rows.empty:
             raise SpecError(f"the cost table of {self.gpu.name} has no entry for {', '.join(key)}")
         return float(rows["latency_us"].iloc[0])
 
     def best_per_scheme_and_load(self) -> pd.DataFrame:
-        """One row a (model, linear, scheme, load) with its latency and configuration, in the order of tokens within a scheme."""
+        """One row a (model, linear, scheme, load) with its latency and configuration, in the order of tokens within a
+        scheme.
+        """
         columns = ["model", "linear", "scheme", "scenario", "tokens_per_expert", "latency_us", "config", "source"]
         order = ["model", "linear", "scheme", "tokens_per_expert", "scenario"]
         return self._frame.sort_values(order, kind="stable")[columns].reset_index(drop=True)
 
     def crossovers(self, few: QuantScheme, many: QuantScheme) -> tuple[Crossover, ...]:
-        """For each (model, linear) that has both schemes: the load where `many` becomes faster than `few`, see `crossover_tokens`.
+        """For each (model, linear) that has both schemes: the load where `many` becomes faster than `few`, see
+        `crossover_tokens`.
 
         Scenarios with the same mean tokens an expert (different skews) are averaged in log latency.
         """
         found = []
         for (model, linear), rows in self._frame.groupby(["model", "linear"], sort=True):
             pair = rows[rows["scheme"].isin([few.name, many.name])]
-            logs = pair.assign(log_us=np.log(pair["latency_us"])).pivot_table(index="tokens_per_expert", columns="scheme", values="log_us", aggfunc="mean")
+            logs = pair.assign(log_us=np.log(pair["latency_us"])).pivot_table(
+                index="tokens_per_expert", columns="scheme", values="log_us", aggfunc="mean"
+            )
             if few.name not in logs or many.name not in logs:
                 continue
             ratio = (logs[few.name] - logs[many.name]).dropna().sort_index()
@@ -202,17 +229,30 @@ class CostTable:
             tokens = crossover_tokens(list(ratio.index), list(ratio))
             winner = None if tokens is not None else (few.name if float(ratio.sum()) < 0 else many.name)
             found.append(
-                Crossover(model=str(model), linear=str(linear), few=few.name, many=many.name, tokens_per_expert=tokens, winner=winner)
+                Crossover(
+                    model=str(model),
+                    linear=str(linear),
+                    few=few.name,
+                    many=many.name,
+                    tokens_per_expert=tokens,
+                    winner=winner,
+                )
             )
         return tuple(found)
 
 
 def crossover_tokens(tokens_per_expert: Sequence[float], log_ratios: Sequence[float]) -> float | None:
-    """Where log(latency of the one / latency of the other) turns from negative to positive for good, linear in log tokens between the loads beside it.
+    """Where log(latency of the one / latency of the other) turns from negative to positive for good, linear in log
+    tokens between the loads beside it.
 
-    `tokens_per_expert` rise and are positive. Ratios within a thousandth of zero count for neither. None: it never turns.
+    `tokens_per_expert` rise and are positive. Ratios within a thousandth of zero count for neither. None: it never
+    turns.
     """
-    decided = [(tokens, ratio) for tokens, ratio in zip(tokens_per_expert, log_ratios, strict=True) if abs(ratio) > _EQUAL_WITHIN]
+    decided = [
+        (tokens, ratio)
+        for tokens, ratio in zip(tokens_per_expert, log_ratios, strict=True)
+        if abs(ratio) > _EQUAL_WITHIN
+    ]
     last_few = max((index for index, (_, ratio) in enumerate(decided) if ratio < 0), default=None)
     if last_few is None or last_few + 1 == len(decided):
         return None
@@ -240,7 +280,9 @@ def _read(path: Path, gpu: str | None) -> pd.DataFrame:
     if "schema_version" in table.column_names and "std_us" in table.column_names:
         for version in table.column("schema_version").unique().to_pylist():
             if version != SCHEMA_VERSION:
-                raise DataError(f"{path}: a cost table of schema version {version}; this version of bitile reads {SCHEMA_VERSION}")
+                raise DataError(
+                    f"{path}: a cost table of schema version {version}; this version of bitile reads {SCHEMA_VERSION}"
+                )
     if sorted(table.column_names) != sorted(SCHEMA.names):
         raise DataError(f"{path}: not a cost table; it has the columns {', '.join(table.column_names)}")
     try:
@@ -262,7 +304,12 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     for name in SCHEMA.names:
         if name not in NULLABLE and bool(frame[name].isna().any()):
             raise DataError(f"{where}: row {int(frame[name].isna().argmax())} has no {name}")
-    readers: dict[str, Callable[[Any], object]] = {"gpu": find_gpu, "scheme": schemes.parse, "config": kernels.parse, "source": Source}
+    readers: dict[str, Callable[[Any], object]] = {
+        "gpu": find_gpu,
+        "scheme": schemes.parse,
+        "config": kernels.parse,
+        "source": Source,
+    }
     for name, read in readers.items():
         for value in frame[name].unique():
             try:
@@ -271,7 +318,9 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
                 raise DataError(f"{where}: {error}") from error
     for name in ("gpu", "model_version"):
         if frame[name].nunique() > 1:
-            raise DataError(f"{where}: a cost table is of one {name}, this has {', '.join(sorted(map(str, frame[name].unique())))}")
+            raise DataError(
+                f"{where}: a cost table is of one {name}, this has {', '.join(sorted(map(str, frame[name].unique())))}"
+            )
     _check_numbers(frame, where)
     twice = frame.duplicated(list(KEY))
     if twice.any():
@@ -281,7 +330,9 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def _check_numbers(frame: pd.DataFrame, where: str) -> None:
-    latency, std, tokens = (frame[name].to_numpy(dtype=np.float64) for name in ("latency_us", "std_us", "tokens_per_expert"))
+    latency, std, tokens = (
+        frame[name].to_numpy(dtype=np.float64) for name in ("latency_us", "std_us", "tokens_per_expert")
+    )
     rules = (
         ("latency_us", "a positive, finite number is needed", ~(np.isfinite(latency) & (latency > 0))),
         ("std_us", "a finite number that is not negative is needed", ~np.isnan(std) & ~(np.isfinite(std) & (std >= 0))),

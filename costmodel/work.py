@@ -1,7 +1,9 @@
-"""What a tile costs, counted, not timed: bytes, instructions and tensor work of one k-tile of one scheme, and how a token load splits into tiles.
+"""What a tile costs, counted, not timed: bytes, instructions and tensor work of one k-tile of one scheme, and how a
+token load splits into tiles.
 
-Counts follow the `mma` family's structure: weights are the MMA's M operand, every warp column decodes the weights again for its own tokens,
-every warp row reads the tokens again, and the copies of a k-tile are spread over the CTA's threads.
+Counts follow the `mma` family's structure: weights are the MMA's M operand, every warp column decodes the weights
+again for its own tokens, every warp row reads the tokens again, and the copies of a k-tile are spread over the CTA's
+threads.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ UNIT_ROWS = 64
 WARP_COPY_BYTES = 16 * THREADS_PER_WARP
 """One cp.async or 128-bit shared-memory load of a warp."""
 
-# Instructions from packed code to one 32-bit register of the A fragment, without the group scale. BF16 math, two weights a register: shift (half of
-# them are free), mask-and-or, subtract the magic number and zero point; 8 bits go through two float32 and back; 3 bits merge two planes.
-# INT8 math with 4-bit weights: shift and mask for one register in two, mask for the other.
+# Instructions from packed code to one 32-bit register of the A fragment, without the group scale. BF16 math, two
+# weights a register: shift (half of them are free), mask-and-or, subtract the magic number and zero point; 8 bits go
+# through two float32 and back; 3 bits merge two planes. INT8 math with 4-bit weights: shift and mask for one register
+# in two, mask for the other.
 _DECODE_INSTRUCTIONS = MappingProxyType(
     {
         (Math.BF16, 16): 0.0,
@@ -52,7 +55,9 @@ _LDMATRIX_BYTES = 512  # x4: four 8x8 matrices of 16 bits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileWork:
-    """One tile of one scheme under one configuration. `k_tile_` fields are per iteration of the main loop, of the whole CTA."""
+    """One tile of one scheme under one configuration. `k_tile_` fields are per iteration of the main loop, of the
+    whole CTA.
+    """
 
     math: Math
     k_tile: int
@@ -89,7 +94,9 @@ def tile_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     decode = _DECODE_INSTRUCTIONS.get((scheme.math, scheme.weight_bits), 0.0)
     if grouped and scheme.math is Math.BF16:
         decode += _SCALE_INSTRUCTIONS
-    group_sums = rows * tokens / THREADS_PER_WARP * _GROUP_SUM_INSTRUCTIONS if grouped and scheme.math is not Math.BF16 else 0.0
+    group_sums = (
+        rows * tokens / THREADS_PER_WARP * _GROUP_SUM_INSTRUCTIONS if grouped and scheme.math is not Math.BF16 else 0.0
+    )
     fragment_bytes = weight_bytes * config.warps.n + token_bytes * config.warps.m
     instructions = (
         mmas

@@ -1,7 +1,7 @@
 """The one legality function: why a kernel cannot be built for a GPU, every reason with its numbers.
 
-Search, build, tests and documentation all call `reasons`; nothing else decides. Before a build, registers are estimated; with `BuildFacts`, the
-compiler's numbers are used instead, and a spill is a reason.
+Search, build, tests and documentation all call `reasons`; nothing else decides. Before a build, registers are
+estimated; with `BuildFacts`, the compiler's numbers are used instead, and a spill is a reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from costmodel.occupancy import (
     smem_per_cta,
 )
 from kernel_gen import smem
-from kernel_gen.layouts import Layout, layout_of
+from kernel_gen.layouts import Layout, layout_of, round_up
 from profiles.errors import UnsupportedError
 from profiles.gpus import GpuSpec, Math
 from profiles.kernels import THREADS_PER_WARP, Family, KernelConfig
@@ -28,7 +28,7 @@ from profiles.schemes import QuantScheme
 MAX_SLOTS = 4
 MIN_THREADS = 64
 MMA_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
-"""Targets that the `mma` family is generated for; on sm_90a it is right but slow, the `wgmma` family is meant for it."""
+"""Targets that the `mma` family is generated for; on sm_90a it is right but slow, `wgmma` is meant for it."""
 REGISTER_MARGIN = 40
 """Addresses, loop counters, the load cursor, magic constants: what the estimate below does not count."""
 _FP8_MMA_SINCE = (8, 9)
@@ -49,8 +49,8 @@ def reasons(
 ) -> tuple[str, ...]:
     """Every reason why this kernel cannot be built or run; empty when it can.
 
-    `facts` replaces the register estimate by the compiler's numbers. `allow_emulated` lets int4 and fp8 mma.sync pass on sm_90, where their values
-    are right and their times meaningless: for value checks only.
+    `facts` replaces the register estimate by the compiler's numbers. `allow_emulated` lets int4 and fp8 mma.sync pass
+    on sm_90, where their values are right and their times meaningless: for value checks only.
     """
     if config.family is Family.WGMMA:
         return (f"the wgmma family is not generated yet ({config.name})",)
@@ -62,11 +62,20 @@ def reasons(
     return tuple(found)
 
 
-def require_legal(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec, *, max_experts: int = 256, allow_emulated: bool = False) -> None:
+def require_legal(
+    config: KernelConfig,
+    schemes: Sequence[QuantScheme],
+    gpu: GpuSpec,
+    *,
+    max_experts: int = 256,
+    allow_emulated: bool = False,
+) -> None:
     """Raise UnsupportedError with `reasons`, if there are any."""
     found = reasons(config, schemes, gpu, max_experts=max_experts, allow_emulated=allow_emulated)
     if found:
-        raise UnsupportedError(f"{config.name} for {' + '.join(scheme.name for scheme in schemes)} on {gpu.name}", found)
+        raise UnsupportedError(
+            f"{config.name} for {' + '.join(scheme.name for scheme in schemes)} on {gpu.name}", found
+        )
 
 
 def smem_bytes(config: KernelConfig, schemes: Sequence[QuantScheme], max_experts: int = 256) -> int:
@@ -75,16 +84,22 @@ def smem_bytes(config: KernelConfig, schemes: Sequence[QuantScheme], max_experts
 
 
 def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) -> int:
-    """Registers a thread needs before a compiler has seen the kernel, without `REGISTER_MARGIN`: accumulators, fragments, packed words.
+    """Registers a thread needs before a compiler has seen the kernel, without `REGISTER_MARGIN`: accumulators,
+    fragments, packed words.
 
-    Integer math with group scales holds integer and float accumulators at once. The precision is chosen per tile, so slots share their registers.
+    Integer math with group scales holds integer and float accumulators at once. The precision is chosen per tile, so
+    slots share their registers.
     """
     return max(_scheme_registers(config, scheme) for scheme in schemes)
 
 
-def estimated_facts(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec, *, max_experts: int = 256) -> BuildFacts:
-    """Facts for a prediction without a build: the estimate, rounded to what the compiler allocates; `is_estimated` is true."""
-    registers = min(smem.round_up(estimated_registers(config, schemes) + REGISTER_MARGIN, 8), _register_cap(config, gpu))
+def estimated_facts(
+    config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec, *, max_experts: int = 256
+) -> BuildFacts:
+    """Facts for a prediction without a build: the estimate, rounded to what the compiler allocates; `is_estimated` is
+    true.
+    """
+    registers = min(round_up(estimated_registers(config, schemes) + REGISTER_MARGIN, 8), _register_cap(config, gpu))
     shared = smem_bytes(config, schemes, max_experts)
     fit = occupancy(gpu, registers_per_thread=registers, num_threads=config.num_threads, smem_bytes=shared)
     return BuildFacts(
@@ -108,7 +123,7 @@ def _scheme_reasons(schemes: Sequence[QuantScheme], gpu: GpuSpec, allow_emulated
         yield f"{', '.join(repeated)} twice: the schemes of a kernel are distinct"
     int4_scales = {scheme.group_size for scheme in schemes if scheme.math is Math.INT4}
     if len(int4_scales) > 1:
-        yield "w4a4 per token and w4a4 per group in one kernel: a launch has one int4 activation tensor with one kind of scales"
+        yield "w4a4 per token and per group in one kernel: a launch has one int4 activation tensor"
     for math in sorted({scheme.math for scheme in schemes}, key=lambda item: item.value):
         yield from _math_reasons(math, gpu, allow_emulated)
 
@@ -140,7 +155,7 @@ def _layout_reasons(scheme: QuantScheme) -> Iterator[str]:
             yield f"{scheme.name}: {reason}"
         return
     if layout.math is Math.E4M3 and layout.weight_bits != 8:
-        yield f"{scheme.name}: the mma family has no {layout.weight_bits}-bit to e4m3 decoder, only the wgmma family will"
+        yield f"{scheme.name}: the mma family has no {layout.weight_bits}-bit to e4m3 decoder, only wgmma will"
 
 
 def _structure_reasons(config: KernelConfig) -> Iterator[str]:
@@ -150,9 +165,9 @@ def _structure_reasons(config: KernelConfig) -> Iterator[str]:
     if tile.m % 64:
         yield f"tile.m {tile.m} is not a multiple of the packed unit's 64 rows"
     if tile.m % (16 * warps.m):
-        yield f"tile.m {tile.m} does not split into 16-row MMA blocks over {warps.m} warps: a multiple of {16 * warps.m} does"
+        yield f"tile.m {tile.m} does not split into 16-row blocks over {warps.m} warps: multiples of {16 * warps.m} do"
     if tile.n % (8 * warps.n):
-        yield f"tile.n {tile.n} does not split into 8-token MMA blocks over {warps.n} warps: a multiple of {8 * warps.n} does"
+        yield f"tile.n {tile.n} does not split into 8-token blocks over {warps.n} warps: multiples of {8 * warps.n} do"
     elif (blocks := tile.n // (8 * warps.n)) > 1 and blocks % 2:
         yield f"tile.n {tile.n} gives each of {warps.n} warps {blocks} token blocks: ldmatrix takes 1, or pairs"
     if warps.k != 1:
@@ -169,13 +184,16 @@ def _structure_reasons(config: KernelConfig) -> Iterator[str]:
         yield f"tile.m {tile.m} needs {tile.m // 8} threads to copy a scale strip, {config.num_threads} are there"
 
 
-def _resource_reasons(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec, max_experts: int, facts: BuildFacts | None) -> Iterator[str]:
+def _resource_reasons(
+    config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec, max_experts: int, facts: BuildFacts | None
+) -> Iterator[str]:
     shared = facts.smem_bytes if facts else smem_bytes(config, schemes, max_experts)
     ctas = config.min_ctas_per_sm
     if shared > gpu.smem_per_block_bytes:
         yield f"smem {_kib(shared)} > {_kib(gpu.smem_per_block_bytes)} per block on {gpu.name}"
     elif ctas * smem_per_cta(shared) > gpu.smem_per_sm_bytes:
-        yield f"smem {ctas} x {_kib(smem_per_cta(shared))} (1 KiB reserved in each) > {_kib(gpu.smem_per_sm_bytes)} per SM on {gpu.name}"
+        each, there = _kib(smem_per_cta(shared)), _kib(gpu.smem_per_sm_bytes)
+        yield f"smem {ctas} x {each} (1 KiB reserved in each) > {there} per SM on {gpu.name}"
     if ctas * config.num_threads > gpu.max_threads_per_sm:
         yield f"threads {ctas} x {config.num_threads} > {gpu.max_threads_per_sm} per SM on {gpu.name}"
     if ctas > max_ctas_per_sm(gpu):
@@ -187,7 +205,8 @@ def _resource_reasons(config: KernelConfig, schemes: Sequence[QuantScheme], gpu:
     cap = _register_cap(config, gpu)
     if needed > cap:
         why = f" with {ctas} CTAs of {config.num_threads} threads per SM" if cap < MAX_REGISTERS_PER_THREAD else ""
-        yield f"registers: about {needed} a thread ({needed - REGISTER_MARGIN} for tiles, {REGISTER_MARGIN} margin) > {cap}{why} on {gpu.name}"
+        parts = f"{needed - REGISTER_MARGIN} for tiles, {REGISTER_MARGIN} margin"
+        yield f"registers: about {needed} a thread ({parts}) > {cap}{why} on {gpu.name}"
 
 
 def _fact_reasons(config: KernelConfig, gpu: GpuSpec, facts: BuildFacts) -> Iterator[str]:
@@ -198,17 +217,18 @@ def _fact_reasons(config: KernelConfig, gpu: GpuSpec, facts: BuildFacts) -> Iter
         yield f"stack of {facts.stack_bytes} bytes"
     if facts.registers_per_thread > MAX_REGISTERS_PER_THREAD:
         yield f"{facts.registers_per_thread} registers a thread > {MAX_REGISTERS_PER_THREAD}"
-    fit = occupancy(gpu, registers_per_thread=facts.registers_per_thread, num_threads=facts.num_threads, smem_bytes=facts.smem_bytes)
+    fit = occupancy(
+        gpu, registers_per_thread=facts.registers_per_thread, num_threads=facts.num_threads, smem_bytes=facts.smem_bytes
+    )
     if fit.ctas_per_sm < config.min_ctas_per_sm and fit.limit is Limit.REGISTERS:
         per_cta = registers_per_cta(facts.registers_per_thread, facts.num_threads)
-        yield (
-            f"registers {config.min_ctas_per_sm} x {per_cta} ({facts.registers_per_thread} a thread) > {gpu.regs_per_sm} per SM on {gpu.name}"
-        )
+        each = f"{per_cta} ({facts.registers_per_thread} a thread)"
+        yield f"registers {config.min_ctas_per_sm} x {each} > {gpu.regs_per_sm} per SM on {gpu.name}"
 
 
 def _register_cap(config: KernelConfig, gpu: GpuSpec) -> int:
     """Registers a thread may have so that min_ctas_per_sm CTAs fit: multiples of 8, at most 255."""
-    threads = config.min_ctas_per_sm * smem.round_up(config.warps.num_warps, 4) * THREADS_PER_WARP
+    threads = config.min_ctas_per_sm * round_up(config.warps.num_warps, 4) * THREADS_PER_WARP
     return min(gpu.regs_per_sm // threads // 8 * 8, MAX_REGISTERS_PER_THREAD)
 
 
@@ -226,7 +246,9 @@ def _scheme_registers(config: KernelConfig, scheme: QuantScheme) -> int:
 
 
 def _packed_words(layout: Layout) -> int:
-    """Words of one m16 block that the main loop holds at once: narrow bf16 codes for the whole k-tile, anything else for one k-step (two if widened)."""
+    """Words of one m16 block that the main loop holds at once: narrow bf16 codes for the whole k-tile, anything else
+    for one k-step (two if widened).
+    """
     if layout.math is Math.BF16 and layout.weight_bits != 16:
         return layout.words_per_lane
     return 8 if layout.math is Math.INT8 and layout.weight_bits == 4 else 4

@@ -1,8 +1,11 @@
-"""Shared memory of a kernel: what lies where in one pipeline stage. Read by the device code and by the legality rules.
+"""Shared memory of a kernel: what lies where in one pipeline stage. Read by the device code and by the legality
+rules.
 
-A stage holds one k-tile of weights, then (128-byte aligned, for the swizzle) the tokens' k-tile, then what dequantisation needs:
+A stage holds one k-tile of weights, then (128-byte aligned, for the swizzle) the tokens' k-tile, then what
+dequantisation needs:
 
-    packed weights | tokens | scale strip (group scales) | zero strip (asymmetric groups) | token scales of the k-group (grouped int4 tokens)
+packed weights | tokens | scale strip (group scales) | zero strip (asymmetric groups) | token scales of the k-group
+(grouped int4 tokens)
 
 After the stages comes the scheduler's table: 16 bytes per expert and 16 more.
 """
@@ -27,7 +30,9 @@ BYTES_PER_TOKEN_SCALE = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLayout:
-    """Bytes and byte offsets within one stage of one scheme; a part that the scheme lacks has no bytes. The weights are at offset 0."""
+    """Bytes and byte offsets within one stage of one scheme; a part that the scheme lacks has no bytes. The weights
+    are at offset 0.
+    """
 
     w_bytes: int
     x_offset: int

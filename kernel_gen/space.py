@@ -1,7 +1,9 @@
-"""The configurations worth considering: a frozen space per kernel family, every member with the reasons why it cannot be built.
+"""The configurations worth considering: a frozen space per kernel family, every member with the reasons why it cannot
+be built.
 
-The space is data below. `Effort.FULL` is all of it; `Effort.QUICK` is a few configurations a scheme that cover decode to prefill, picked by rule: per
-token-tile width one tile, the warps that fit it, and as many stages as fit beside the CTAs that the rule wants on an SM.
+The space is data below. `Effort.FULL` is all of it; `Effort.QUICK` is a few configurations a scheme that cover decode
+to prefill, picked by rule: per token-tile width one tile, the warps that fit it, and as many stages as fit beside the
+CTAs that the rule wants on an SM.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ MIN_MMAS_PER_FRAGMENT = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuickPick:
-    """One rule of the quick space: a tile, its warps, and CTAs per SM in order of preference. Stages: the most that fit, up to `max_stages`."""
+    """One rule of the quick space: a tile, its warps, and CTAs per SM in order of preference. Stages: the most that
+    fit, up to `max_stages`.
+    """
 
     tile_m: int
     tile_n: int
@@ -58,7 +62,9 @@ QUICK_PICKS = (
     QuickPick(tile_m=128, tile_n=32, warps_m=8, warps_n=1, ctas_per_sm=(2, 1), max_stages=5),
     QuickPick(tile_m=128, tile_n=64, warps_m=4, warps_n=2, ctas_per_sm=(2, 1), max_stages=4),
     QuickPick(tile_m=128, tile_n=128, warps_m=4, warps_n=2, ctas_per_sm=(1,), max_stages=4),
-    QuickPick(tile_m=128, tile_n=128, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4, raster=Raster.ALONG_FEATURES),
+    QuickPick(
+        tile_m=128, tile_n=128, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4, raster=Raster.ALONG_FEATURES
+    ),
     QuickPick(tile_m=64, tile_n=128, warps_m=2, warps_n=2, ctas_per_sm=(2, 1), max_stages=4),
     QuickPick(tile_m=128, tile_n=256, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4),
 )
@@ -71,12 +77,18 @@ def space(effort: Effort) -> Iterator[KernelConfig]:
 
 
 def enumerate_configs(
-    schemes: Sequence[QuantScheme], gpu: GpuSpec, effort: Effort, *, max_experts: int = 256, allow_emulated: bool = False
+    schemes: Sequence[QuantScheme],
+    gpu: GpuSpec,
+    effort: Effort,
+    *,
+    max_experts: int = 256,
+    allow_emulated: bool = False,
 ) -> Iterator[tuple[KernelConfig, tuple[str, ...]]]:
-    """Every configuration of the space with the reasons why it cannot run these schemes in one kernel on `gpu`, in a fixed order.
+    """Every configuration of the space with the reasons why it cannot run these schemes in one kernel on `gpu`, in a
+    fixed order.
 
-    Left out are duplicates: with FULL, a kernel of which more CTAs fit an SM than it asks for (it is there under the higher number); with QUICK, what
-    comes after a rule's first legal member.
+    Left out are duplicates: with FULL, a kernel of which more CTAs fit an SM than it asks for (it is there under the
+    higher number); with QUICK, what comes after a rule's first legal member.
     """
     if effort is Effort.FULL:
         for config in _full():
@@ -97,7 +109,12 @@ def enumerate_configs(
 
 
 def candidates(
-    schemes: Sequence[QuantScheme], gpu: GpuSpec, effort: Effort, *, max_experts: int = 256, allow_emulated: bool = False
+    schemes: Sequence[QuantScheme],
+    gpu: GpuSpec,
+    effort: Effort,
+    *,
+    max_experts: int = 256,
+    allow_emulated: bool = False,
 ) -> tuple[KernelConfig, ...]:
     """The legal ones."""
     enumerated = enumerate_configs(schemes, gpu, effort, max_experts=max_experts, allow_emulated=allow_emulated)
@@ -106,7 +123,9 @@ def candidates(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejections:
-    """A summary of an enumeration: how many were legal, and for each kind of reason how many configurations have it, with one example."""
+    """A summary of an enumeration: how many were legal, and for each kind of reason how many configurations have it,
+    with one example.
+    """
 
     num_legal: int
     num_rejected: int
@@ -119,7 +138,9 @@ class Rejections:
 
 
 def summarise(enumerated: Iterable[tuple[KernelConfig, tuple[str, ...]]]) -> Rejections:
-    """Count reasons that differ in their numbers only; most frequent first, then by name. The example is the first configuration met."""
+    """Count reasons that differ in their numbers only; most frequent first, then by name. The example is the first
+    configuration met.
+    """
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     legal = rejected = 0
@@ -129,7 +150,9 @@ def summarise(enumerated: Iterable[tuple[KernelConfig, tuple[str, ...]]]) -> Rej
         for kind, reason in {_NUMBER.sub("N", reason): reason for reason in found}.items():
             counts[kind] += 1
             examples.setdefault(kind, f"{config.name}: {reason}")
-    by_kind = tuple((kind, count, examples[kind]) for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    by_kind = tuple(
+        (kind, count, examples[kind]) for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    )
     return Rejections(num_legal=legal, num_rejected=rejected, by_kind=by_kind)
 
 
@@ -137,7 +160,9 @@ _NUMBER = re.compile(r"(?<![\w.-])\d+(\.\d+)?(?![\w.]*[a-z])")
 
 
 def _is_duplicate(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec, max_experts: int) -> bool:
-    """Whether more CTAs than it asks for fit an SM anyway, so that the same kernel is in the space under that higher number."""
+    """Whether more CTAs than it asks for fit an SM anyway, so that the same kernel is in the space under that higher
+    number.
+    """
     if config.min_ctas_per_sm == max(CTAS_PER_SM):
         return False
     return estimated_facts(config, schemes, gpu, max_experts=max_experts).ctas_per_sm > config.min_ctas_per_sm

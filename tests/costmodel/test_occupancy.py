@@ -11,7 +11,8 @@ from profiles.gpus import GPUS, gpu
 KIB = 1024
 
 
-# Worked by hand from the CUDA C++ Programming Guide's limits: 64 K registers an SM, allocated per warp in 256s; 1 KiB reserved a CTA.
+# Worked by hand from the CUDA C++ Programming Guide's limits: 64 K registers an SM, allocated per warp in 256s; 1 KiB
+# reserved a CTA.
 @pytest.mark.parametrize(
     ("name", "registers", "threads", "smem", "ctas", "limit"),
     [

@@ -1,6 +1,7 @@
 """The one legality function: each rule refuses what breaks it, says the numbers, and lets its neighbour through."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -20,7 +21,9 @@ PACKABLE = [scheme for scheme in KERNEL_SCHEMES if scheme.name != "w4a8_g128_sym
 SMALL = kernels.parse("mma_128x16_w8x1x1_s4_k1_at_o1")
 
 
-def refusals(name: str, scheme: str | tuple[str, ...] = "w4a16_g128_sym", on: str = "rtx4090", **options: object) -> str:
+def refusals(
+    name: str, scheme: str | tuple[str, ...] = "w4a16_g128_sym", on: str = "rtx4090", **options: object
+) -> str:
     names = (scheme,) if isinstance(scheme, str) else scheme
     return "; ".join(reasons(kernels.parse(name), [schemes.parse(item) for item in names], gpu(on), **options))  # type: ignore[arg-type]
 
@@ -34,18 +37,48 @@ def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantSc
     ("config", "scheme", "on", "says"),
     [
         ("mma_128x128_w8x1x1_s4_k1_at_o1", "w16a16", "rtx4090", "smem 132 KiB > 99 KiB per block on rtx4090"),
-        ("mma_128x16_w8x1x1_s4_k1_at_o2", "w16a16", "rtx4090", "smem 2 x 77.12 KiB (1 KiB reserved in each) > 100 KiB per SM on rtx4090"),
+        (
+            "mma_128x16_w8x1x1_s4_k1_at_o2",
+            "w16a16",
+            "rtx4090",
+            "smem 2 x 77.12 KiB (1 KiB reserved in each) > 100 KiB per SM on rtx4090",
+        ),
         ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a4_g-1_sym", "h200", "no int4 tensor cores on sm_90 (h200)"),
         ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a4_g-1_sym", "rtx5090", "no int4 tensor cores on sm_120 (rtx5090)"),
         ("mma_128x16_w8x1x1_s4_k1_at_o1", "w8a8_g-1_sym_e4m3", "h200", "no fp8 mma.sync on sm_90 (h200)"),
         ("mma_128x16_w8x1x1_s4_k1_at_o1", "w8a8_g-1_sym_e4m3", "a100", "fp8 mma needs sm_89, a100 is sm_80"),
         ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "b200", "b200 is sm_100a"),
-        ("mma_128x16_w4x1x2_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "slice-K 2: the mma family generates warps.k = 1 only"),
-        ("mma_128x16_w8x1x1_s4_k2_at_o1", "w4a16_g128_sym", "rtx4090", "split-K 2: the mma family generates split_k = 1 only"),
+        (
+            "mma_128x16_w4x1x2_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "rtx4090",
+            "slice-K 2: the mma family generates warps.k = 1 only",
+        ),
+        (
+            "mma_128x16_w8x1x1_s4_k2_at_o1",
+            "w4a16_g128_sym",
+            "rtx4090",
+            "split-K 2: the mma family generates split_k = 1 only",
+        ),
         ("mma_128x16_w8x1x1_s1_k1_at_o1", "w4a16_g128_sym", "rtx4090", "1 stages: the pipeline needs at least 2"),
-        ("mma_96x16_w2x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "tile.m 96 is not a multiple of the packed unit's 64 rows"),
-        ("mma_64x16_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "tile.m 64 does not split into 16-row MMA blocks over 8 warps"),
-        ("mma_128x12_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "tile.n 12 does not split into 8-token MMA blocks"),
+        (
+            "mma_96x16_w2x1x1_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "rtx4090",
+            "tile.m 96 is not a multiple of the packed unit's 64 rows",
+        ),
+        (
+            "mma_64x16_w8x1x1_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "rtx4090",
+            "tile.m 64 does not split into 16-row blocks over 8 warps",
+        ),
+        (
+            "mma_128x12_w8x1x1_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "rtx4090",
+            "tile.n 12 does not split into 8-token blocks",
+        ),
         ("mma_128x24_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "3 token blocks: ldmatrix takes 1, or pairs"),
         ("mma_64x8_w1x1x1_s4_k1_at_o1", "w4a16_g128_sym", "rtx4090", "32 threads: at least 64"),
         ("mma_512x64_w32x2x1_s2_k1_at_o1", "w2a16_g128_sym", "h200", "2048 threads > 1024 per block"),
@@ -116,13 +149,15 @@ def test_require_legal_carries_the_reasons() -> None:
 
 
 @pytest.mark.parametrize("scheme", PACKABLE, ids=str)
-@pytest.mark.parametrize("config", ["mma_64x8_w4x1x1_s2_k1_at_o1", "mma_128x16_w8x1x1_s4_k1_at_o1", "mma_256x128_w4x2x1_s3_k1_af_o1"])
+@pytest.mark.parametrize(
+    "config", ["mma_64x8_w4x1x1_s2_k1_at_o1", "mma_128x16_w8x1x1_s4_k1_at_o1", "mma_256x128_w4x2x1_s3_k1_af_o1"]
+)
 def test_stage_parts_neither_overlap_nor_leave_the_stage(config: str, scheme: schemes.QuantScheme) -> None:
     parsed = kernels.parse(config)
     stage = smem.stage_layout(parsed, scheme)
     parts = [(0, stage.w_bytes), (stage.x_offset, stage.x_bytes), (stage.scale_offset, stage.scale_bytes)]
     parts += [(stage.zero_offset, stage.zero_bytes), (stage.sx_offset, stage.sx_bytes), (stage.stage_bytes, 0)]
-    for (offset, size), (following, _) in zip(parts, parts[1:], strict=False):
+    for (offset, size), (following, _) in itertools.pairwise(parts):
         assert offset % 16 == 0
         assert offset + size <= following
     assert stage.x_offset % 128 == 0
@@ -134,8 +169,16 @@ def test_stage_parts_neither_overlap_nor_leave_the_stage(config: str, scheme: sc
 def test_stage_by_hand() -> None:
     """128 x 16, int4 weights and groups of 128, with zero points: 4096 packed, 16 rows of 128, two strips of 256."""
     stage = smem.stage_layout(SMALL, schemes.parse("w4a16_g128_asym"))
-    assert (stage.w_bytes, stage.x_offset, stage.scale_offset, stage.zero_offset, stage.stage_bytes) == (4096, 4096, 6144, 6400, 6656)
-    stage = smem.stage_layout(SMALL, schemes.parse("w4a4_g128_sym"))  # 8192, 16 rows of 64, one strip of 256, 16 token scales
+    assert (stage.w_bytes, stage.x_offset, stage.scale_offset, stage.zero_offset, stage.stage_bytes) == (
+        4096,
+        4096,
+        6144,
+        6400,
+        6656,
+    )
+    stage = smem.stage_layout(
+        SMALL, schemes.parse("w4a4_g128_sym")
+    )  # 8192, 16 rows of 64, one strip of 256, 16 token scales
     assert (stage.w_bytes, stage.scale_offset, stage.sx_offset, stage.stage_bytes) == (8192, 9216, 9472, 9600)
     channel = smem.stage_layout(SMALL, schemes.parse("w4a16_g-1_asym"))
     assert channel.scale_bytes == channel.zero_bytes == 0
