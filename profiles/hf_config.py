@@ -138,7 +138,8 @@ def _is_moe_layer(config: _Config, layer: int) -> bool:
     if per_layer is not None:
         return layer < len(per_layer) and per_layer[layer] != 0
     every = config.first("moe_layer_freq") or 1  # DeepSeek: layers 0, n, 2n, ...
-    # Qwen, Llama 4, ERNIE: layers n - 1, 2n - 1, ...
-    step = config.first("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval") or 1
+    for key in ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval"):  # Qwen, Llama 4, ERNIE
+        if (layer + 1) % (config.first(key) or 1):  # layers n - 1, 2n - 1, ...
+            return False
     period, offset = config.first("expert_layer_period") or 1, config.first("expert_layer_offset") or 0  # Jamba
-    return layer % every == 0 and (layer + 1) % step == 0 and layer % period == offset
+    return layer % every == 0 and layer % period == offset

@@ -201,8 +201,9 @@ MODELS: Mapping[str, MoeShape] = MappingProxyType(
                 num_shared_experts=2,
                 shared_intermediate_size=2816,
                 num_moe_layers=26,
-                source="deepseek-ai/DeepSeek-V2-Lite: hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok,"
-                " n_shared_experts 2 of moe_intermediate_size, num_hidden_layers 27 less first_k_dense_replace 1",
+                source="deepseek-ai/DeepSeek-V2-Lite: hidden_size, moe_intermediate_size, n_routed_experts,"
+                " num_experts_per_tok, n_shared_experts 2 of moe_intermediate_size,"
+                " num_hidden_layers 27 less first_k_dense_replace 1",
             ),
             _known(
                 "mixtral-8x7b",
@@ -233,8 +234,9 @@ MODELS: Mapping[str, MoeShape] = MappingProxyType(
                 num_shared_experts=1,
                 shared_intermediate_size=2048,
                 num_moe_layers=58,
-                source="deepseek-ai/DeepSeek-V3: hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok,"
-                " n_shared_experts 1 of moe_intermediate_size, num_hidden_layers 61 less first_k_dense_replace 3",
+                source="deepseek-ai/DeepSeek-V3: hidden_size, moe_intermediate_size, n_routed_experts,"
+                " num_experts_per_tok, n_shared_experts 1 of moe_intermediate_size,"
+                " num_hidden_layers 61 less first_k_dense_replace 3",
             ),
             _known(
                 "olmoe-1b-7b",
