@@ -6,8 +6,6 @@ it: the function that is timed adds the device time of one sample, so that the d
 is that sample.
 """
 
-from collections.abc import Sequence
-
 
 class DeviceClock:
     """A timer, in seconds, that only `add_us` moves."""
@@ -24,15 +22,3 @@ class DeviceClock:
         if not microseconds > 0:
             raise ValueError(f"a sample took {microseconds} us of device time")
         self._now_s += 1e-6 * microseconds
-
-
-class Replay:
-    """Feeds samples already taken on the device to pytest-benchmark, one a round, in order."""
-
-    def __init__(self, clock: DeviceClock, samples_us: Sequence[float]) -> None:
-        self._clock = clock
-        self._samples_us = iter(samples_us)
-
-    def __call__(self) -> None:
-        """Let the next sample's time pass."""
-        self._clock.add_us(next(self._samples_us))

@@ -1,10 +1,11 @@
 """The clock that feeds device times to pytest-benchmark."""
 
 import time
+from typing import Any
 
 import pytest
 
-from bench.device_clock import DeviceClock, Replay
+from bench.device_clock import DeviceClock
 
 
 def test_the_clock_stands_still_while_the_host_works() -> None:
@@ -14,15 +15,21 @@ def test_the_clock_stands_still_while_the_host_works() -> None:
     assert clock() == before
 
 
-def test_a_replay_passes_one_sample_a_round() -> None:
-    clock = DeviceClock()
-    replay = Replay(clock, [12.0, 15.0])
-    times_s = []
-    for _ in range(2):
-        before = clock()
-        replay()
-        times_s.append(clock() - before)
-    assert times_s == pytest.approx([12e-6, 15e-6])
+CLOCK = DeviceClock()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_pytest_benchmark_reports_what_was_fed_to_the_clock(benchmark: Any) -> None:
+    samples_us = [12.0, 15.0, 12.5, 40.0, 12.5]
+    fed = iter(samples_us)
+
+    def launch() -> None:
+        time.sleep(0.001)  # the host's time, 1000 us, must not show
+        CLOCK.add_us(next(fed))
+
+    benchmark.pedantic(launch, rounds=len(samples_us))
+    assert benchmark.stats.stats.median == pytest.approx(12.5e-6)
+    assert benchmark.stats.stats.max == pytest.approx(40e-6)
 
 
 @pytest.mark.parametrize("microseconds", [0.0, -1.0, float("nan")])
