@@ -285,10 +285,7 @@ def _read(path: Path, gpu: str | None) -> pd.DataFrame:
                 )
     if sorted(table.column_names) != sorted(SCHEMA.names):
         raise DataError(f"{path}: not a cost table; it has the columns {', '.join(table.column_names)}")
-    try:
-        frame: pd.DataFrame = table.select(SCHEMA.names).cast(SCHEMA).to_pandas()
-    except (pa.ArrowException, TypeError) as error:
-        raise DataError(f"{path}: a column is not of a cost table's type ({error})") from error
+    frame: pd.DataFrame = table.to_pandas()
     found = sorted({str(name) for name in frame["gpu"]})
     if gpu is not None and found not in ([], [gpu]):
         raise DataError(f"{path}: rows of the GPU {', '.join(found)}, where {gpu} is expected")
@@ -300,7 +297,11 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     missing = [name for name in SCHEMA.names if name not in frame]
     if missing or frame.empty:
         raise DataError(f"{where}: " + (f"missing columns {', '.join(missing)}" if missing else "it has no rows"))
-    frame = frame[SCHEMA.names].sort_values(list(KEY), kind="stable").reset_index(drop=True)
+    try:
+        frame = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).to_pandas()
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"{where}: a column is not of a cost table's type ({error})") from error
+    frame = frame.sort_values(list(KEY), kind="stable").reset_index(drop=True)
     for name in SCHEMA.names:
         if name not in NULLABLE and bool(frame[name].isna().any()):
             raise DataError(f"{where}: row {int(frame[name].isna().argmax())} has no {name}")
