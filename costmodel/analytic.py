@@ -15,8 +15,11 @@ everything is numpy, thousands of launches at a time.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +79,9 @@ BREAKDOWN_COLUMNS = tuple(field.name for field in dataclasses.fields(LatencyBrea
 """Columns of what `launch_latencies` returns, in order."""
 
 
+ROWS_AT_ONCE = 1 << 14
+
+
 def launch_latencies(
     gpu: GpuSpec, launches: Sequence[Launch], constants: AnalyticConstants = DEFAULT_CONSTANTS
 ) -> pd.DataFrame:
@@ -129,7 +135,16 @@ def marginal_expert_cost(
 
 
 def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS) -> pd.DataFrame:
-    """`launch_latencies` over launches already in columns."""
+    """`launch_latencies` over launches already in columns, in blocks that stay in the CPU's cache."""
+    starts = range(0, len(table), ROWS_AT_ONCE)
+    blocks = [_solve_block(gpu, table.rows(start, start + ROWS_AT_ONCE), constants) for start in starts]
+    if not blocks:
+        return pd.DataFrame({name: np.empty(0) for name in BREAKDOWN_COLUMNS})
+    return pd.DataFrame({name: np.concatenate([block[name] for block in blocks]) for name in BREAKDOWN_COLUMNS})
+
+
+def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> dict[str, Array]:
+    """The columns of some launches."""
     terms = _Terms(gpu, table, constants)
     ctas = table.ctas_per_sm[:, None]
     full = terms.tile_us(ctas)
@@ -153,7 +168,7 @@ def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAU
     total, dram = makespan("total"), terms.dram_us()
     fill = np.where(busy, terms.fill_us(), 0.0)
     flops, multiplied = terms.flops(), terms.multiplied_flops()
-    columns = {
+    return {
         "latency_us": constants.launch_floor_us + fill + _norm([total, dram], constants.overlap_exponent),
         "launch_us": np.full(len(table), constants.launch_floor_us),
         "fill_us": fill,
@@ -167,7 +182,6 @@ def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAU
         "num_tiles": total_tiles,
         "waves": total_tiles / slots,
     }
-    return pd.DataFrame({name: columns[name] for name in BREAKDOWN_COLUMNS})
 
 
 def _rounds_by_slot(tiles: Array, slots: Array, rounds: Array, rest: Array) -> tuple[Array, Array]:
@@ -334,6 +348,16 @@ class _Terms:
         )
 
 
+@functools.cache
+def model_version() -> str:
+    """Names this analytic model by its sources: tables of other formulas or constants have another version."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in ("analytic", "constants", "launches", "occupancy", "work"):
+        digest.update((folder / f"{name}.py").read_bytes())
+    return f"analytic-{digest.hexdigest()[:12]}"
+
+
 def _norm(parts: Sequence[Array], exponent: float) -> Array:
     """p-norm of non-negative parts, elementwise: at least the largest, at most their sum."""
     largest = np.maximum.reduce(np.broadcast_arrays(*parts))
@@ -341,13 +365,3 @@ def _norm(parts: Sequence[Array], exponent: float) -> Array:
     return np.asarray(
         scale * sum((part / scale) ** exponent for part in parts) ** (1.0 / exponent) * (largest > 0), dtype=np.float64
     )
-
-
-__all__ = [
-    "BREAKDOWN_COLUMNS",
-    "LatencyBreakdown",
-    "launch_latencies",
-    "launch_latency",
-    "marginal_expert_cost",
-    "solve",
-]

@@ -97,6 +97,11 @@ class LaunchTable:
     def __len__(self) -> int:
         return len(self.n)
 
+    def rows(self, start: int, stop: int) -> LaunchTable:
+        """Rows from `start` up to `stop`, as views."""
+        names = (field.name for field in dataclasses.fields(self))
+        return LaunchTable(**{name: getattr(self, name)[start:stop] for name in names})
+
     @classmethod
     def of(cls, launches: Sequence[Launch]) -> LaunchTable:
         """The columns of these launches, in order."""

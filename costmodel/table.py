@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from costmodel.analytic import launch_latencies
+from costmodel.analytic import launch_latencies, model_version
 from costmodel.launches import Launch
 from profiles import kernels, schemes
 from profiles.atomic import replacing
@@ -30,8 +30,6 @@ from profiles.records import Source, Status
 from profiles.schemes import QuantScheme
 
 SCHEMA_VERSION = 1
-ANALYTIC_VERSION = "analytic-1"
-"""Goes up when a formula or constant of the analytic model changes."""
 SCHEMA = pa.schema([
     ("gpu", pa.string()),
     ("model_version", pa.string()),
@@ -154,7 +152,7 @@ class CostTable:
         frame = pd.DataFrame(
             {
                 "gpu": gpu.name,
-                "model_version": ANALYTIC_VERSION,
+                "model_version": model_version(),
                 "model": [priced.model for priced in launches],
                 "linear": [priced.linear for priced in launches],
                 "scheme": [priced.launch.schemes[0].name for priced in launches],
@@ -343,6 +341,3 @@ def _check_numbers(frame: pd.DataFrame, where: str) -> None:
         if broken.any():
             row = int(np.argmax(broken))
             raise DataError(f"{where}: row {row} has {name} {frame[name].iloc[row]}; {problem}")
-
-
-__all__ = ["ANALYTIC_VERSION", "SCHEMA", "CostTable", "Crossover", "PricedLaunch", "crossover_tokens"]

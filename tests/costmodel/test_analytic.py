@@ -4,10 +4,12 @@ import dataclasses
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from costmodel import analytic
 from costmodel.analytic import (
     BREAKDOWN_COLUMNS,
     LatencyBreakdown,
@@ -194,6 +196,20 @@ def test_columns_equal_the_scalar_call() -> None:
         alone = launch_latency(ADA, launch.shape, launch.load, launch.schemes, launch.config, launch.facts)
         assert dataclasses.astuple(alone) == pytest.approx(tuple(row))
         assert alone.bound in ("dram", "tensor", "issue", "smem", "l2", "chain", "fetch")
+
+
+def test_many_rows_are_solved_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = QUICK[W4A16][2]
+    facts = facts_of(config, W4A16)
+    shape = GemmShape(m=0, n=1408, k=2048)
+    launches = [
+        Launch(shape=shape, load=load_of([count]), schemes=(W4A16,), config=config, facts=facts) for count in range(25)
+    ]
+    whole = launch_latencies(ADA, launches)
+    monkeypatch.setattr(analytic, "ROWS_AT_ONCE", 7)
+    pd.testing.assert_frame_equal(launch_latencies(ADA, launches), whole)
+    assert launch_latencies(ADA, []).empty
+    assert tuple(launch_latencies(ADA, []).columns) == BREAKDOWN_COLUMNS
 
 
 def test_a_sweep_is_priced_quickly() -> None:
