@@ -12,6 +12,7 @@ import json
 import os
 import weakref
 import zlib
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,17 @@ class Journal:
             self._file = _open_locked(path)
         except BlockingIOError:
             raise DataError(
-                f"{path}: {_writer(path)} is writing this profile; wait for it or choose another file"
+                f"{path.with_suffix('')}: {_writer(path)} is writing this profile; wait for it or choose another file"
             ) from None
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror})") from error
         self._end = 0
         _open_journals.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Closed, or the parent's: a forked worker has no part in it."""
+        return self._file.closed
 
     def start(self) -> None:
         """Empties it, once its rows are in the Parquet file.
@@ -99,11 +105,11 @@ class Journal:
         """
         line = memoryview(_encode(values))
         try:
-            os.ftruncate(self._file, self._end)  # what an append that failed or was interrupted left
+            self._file.truncate(self._end)  # what an append that failed or was interrupted left
             written = 0
             while written < len(line):
-                written += os.pwrite(self._file, line[written:], self._end + written)
-            os.fsync(self._file)
+                written += os.pwrite(self._file.fileno(), line[written:], self._end + written)
+            os.fsync(self._file.fileno())
         except OSError as error:
             reason = error.strerror
             raise DataError(
@@ -117,28 +123,33 @@ class Journal:
         sync_folder(self._path.parent)
 
     def close(self) -> None:
-        """Lets others write."""
+        """Lets others write. A journal that never had a heading leaves no file."""
         _open_journals.discard(self)
-        os.close(self._file)
+        if os.fstat(self._file.fileno()).st_size == 0:
+            self._path.unlink(missing_ok=True)
+        self._file.close()
 
 
-def _open_locked(path: Path) -> int:
-    """A descriptor of the file, locked; the last writer may remove the file between the two, then it is made anew."""
+def _open_locked(path: Path) -> FileIO:
+    """The file, locked; the last writer may remove it between the opening and the locking, then it is made anew."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 return file
         except BaseException:
-            os.close(file)
+            file.close()
             raise
-        os.close(file)
+        file.close()
 
 
 def _writer(path: Path) -> str:
-    with path.open("rb") as file:
-        line = file.readline()
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except OSError:  # it has just been removed
+        line = b""
     if not line.endswith(b"\n"):
         return "another process"
     heading = _decode(line[:-1], path, 1)
@@ -151,7 +162,8 @@ _open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 def _release_in_child() -> None:
     """A forked worker shares the lock and would hold it after its parent's death."""
     for journal in list(_open_journals):
-        journal.close()
+        journal._file.close()
+    _open_journals.clear()
 
 
 os.register_at_fork(after_in_child=_release_in_child)

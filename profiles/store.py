@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from profiles import table as tables
+from profiles.atomic import remove_leftovers
 from profiles.errors import DataError, SpecError
 from profiles.journal import Journal, journal_path, read_journal
 from profiles.kernels import KernelConfig
@@ -66,6 +67,7 @@ class ProfileStore:
         journal = Journal(journal_path(self.path))
         try:
             table, keys = self._read()
+            remove_leftovers(self.path)
             if read_journal(journal_path(self.path)):
                 tables.write_parquet(table, self.path)
             journal.start()
@@ -110,6 +112,8 @@ class ProfileStore:
         if self._journal is None:
             return
         journal, self._journal = self._journal, None
+        if journal.closed:
+            return
         try:
             if read_journal(journal_path(self.path)):
                 tables.write_parquet(self._read()[0], self.path)

@@ -5,6 +5,7 @@ refused whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,14 @@ def _check_names(table: pa.Table, where: str, expected_gpu: str | None) -> None:
         "config": kernels.parse,
         "status": Status,
         "source": Source,
+        "timestamp": _utc,
     }
     for name, read in readers.items():
         column = table.column(name)
         values = pc.list_flatten(column) if pa.types.is_list(column.type) else column
         for value in values.unique().to_pylist():
+            if value is None:
+                raise DataError(f"{where}: an absent name among the {name}")
             try:
                 read(value)
             except SpecError as error:
@@ -143,6 +147,13 @@ def _check_names(table: pa.Table, where: str, expected_gpu: str | None) -> None:
                 raise DataError(f"{where}: unknown {name} {value!r}") from error
             if name == "gpu" and expected_gpu is not None and value != expected_gpu:
                 raise DataError(f"{where}: rows of the GPU {value}, where {expected_gpu} is expected")
+
+
+def _utc(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.utcoffset() != timedelta(0):
+        raise ValueError(text)
+    return time
 
 
 def _rules(table: pa.Table) -> Iterator[tuple[str, str, Mask]]:
