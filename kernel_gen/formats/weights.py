@@ -8,6 +8,7 @@ subnormals need no special case.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from profiles.schemes import NumericType, QuantScheme, QuantSpec
 E4M3_MAX = 448.0
 MIN_SCALE = 2.0**-126
 """The smallest normal float32 and bf16: a smaller one could be flushed to 0 and divided by."""
+WEIGHTS_AT_ONCE = 1 << 26
+"""Quantisation's temporaries are some float32 copies of this many weights, not of the whole stack."""
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -66,16 +69,12 @@ def quantize(weights: Tensor, scheme: QuantScheme) -> QuantizedWeights:
             f"weights are floats [experts, N, K] or [N, K], no size of them 0, got {weights.dtype} {[*weights.shape]}"
         )
     stack = weights if weights.dim() == 3 else weights.unsqueeze(0)
-    spec = scheme.weights
-    if spec is None:
-        _ranges(stack.unsqueeze(-2))
-        limit = torch.finfo(torch.bfloat16).max
-        return QuantizedWeights(
-            scheme=scheme, codes=stack.clamp(-limit, limit).to(torch.bfloat16), scales=None, zeros=None
-        )
-    if spec.type is NumericType.FLOAT:
-        return _quantize_e4m3(stack, scheme)
-    return _quantize_int(stack, scheme, spec)
+    _refuse_not_finite(stack)
+    experts_at_once = max(1, WEIGHTS_AT_ONCE // stack[0].numel())
+    parts = [_quantize(experts, scheme) for experts in torch.split(stack, experts_at_once)]
+    codes, scales, zeros = (_joined(tensors) for tensors in zip(*parts, strict=True))
+    assert codes is not None
+    return QuantizedWeights(scheme=scheme, codes=codes, scales=scales, zeros=zeros)
 
 
 def dequantize(weights: QuantizedWeights) -> Tensor:
@@ -93,9 +92,21 @@ def dequantize(weights: QuantizedWeights) -> Tensor:
     return values.clamp_(-_FLOAT32_MAX, _FLOAT32_MAX).flatten(2)[..., :k]
 
 
-def _quantize_int(stack: Tensor, scheme: QuantScheme, spec: QuantSpec) -> QuantizedWeights:
-    values = _grouped(stack.float(), spec.group_size or stack.shape[-1])
-    low, high = _ranges(values)
+def _quantize(stack: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(codes, scales, zeros) of finite weights [E, N, K]."""
+    spec = scheme.weights
+    if spec is None:
+        limit = torch.finfo(torch.bfloat16).max
+        return stack.clamp(-limit, limit).to(torch.bfloat16), None, None
+    if spec.type is NumericType.FLOAT:
+        return _quantize_e4m3(stack.float())
+    return _quantize_int(stack.float(), spec)
+
+
+def _quantize_int(stack: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    k = stack.shape[-1]
+    groups = _grouped(stack, spec.group_size or k)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     num_steps = (1 << spec.num_bits) - 1
     if spec.symmetric:
         exact = torch.maximum(-low, high) / (num_steps >> 1)
@@ -106,33 +117,35 @@ def _quantize_int(stack: Tensor, scheme: QuantScheme, spec: QuantSpec) -> Quanti
     scales = exact.clamp(MIN_SCALE, torch.finfo(stored_type).max).to(stored_type)
     used = scales.float()
     zeros = None if spec.symmetric else torch.round(-low / used).clamp_(0, num_steps)
-    steps = (values / used.unsqueeze(-1)).round_()
+    steps = (groups / used.unsqueeze(-1)).round_()
     steps += (num_steps + 1) >> 1 if zeros is None else zeros.unsqueeze(-1)
-    codes = steps.clamp_(0, num_steps).to(torch.uint8).flatten(2)[..., : stack.shape[-1]].contiguous()
-    return QuantizedWeights(
-        scheme=scheme, codes=codes, scales=scales, zeros=None if zeros is None else zeros.to(torch.uint8)
+    codes = steps.clamp_(0, num_steps).to(torch.uint8).flatten(2)[..., :k].contiguous()
+    return codes, scales, None if zeros is None else zeros.to(torch.uint8)
+
+
+def _quantize_e4m3(stack: Tensor) -> tuple[Tensor, Tensor, None]:
+    scales = (torch.maximum(-stack.amin(dim=-1, keepdim=True), stack.amax(dim=-1, keepdim=True)) / E4M3_MAX).clamp_(
+        MIN_SCALE
     )
-
-
-def _quantize_e4m3(stack: Tensor, scheme: QuantScheme) -> QuantizedWeights:
-    values = stack.float()
-    low, high = _ranges(values.unsqueeze(-2))
-    scales = (torch.maximum(-low, high) / E4M3_MAX).clamp_(min=MIN_SCALE)
     # Past 464 the cast gives NaN, and a rounded quotient may pass 448.
-    codes = (values / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return QuantizedWeights(scheme=scheme, codes=codes, scales=scales, zeros=None)
+    return (stack / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales, None
 
 
-def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum, float32 [E, N, groups], of [E, N, groups, size]; refuses what is not finite in float32."""
-    low, high = (value.float() for value in torch.aminmax(groups, dim=-1))
-    finite = (low.isfinite() & high.isfinite()).all(dim=-1)
+def _refuse_not_finite(stack: Tensor) -> None:
+    """A row's extremes tell; float64 that overflows float32 counts as infinite."""
+    finite = stack.amin(dim=-1).float().isfinite() & stack.amax(dim=-1).float().isfinite()
     if not bool(finite.all()):
         expert, row = (~finite).nonzero()[0].tolist()
         raise DataError(
             f"the weights of expert {expert} have a NaN or an infinity in row {row}; they must be finite in float32"
         )
-    return low, high
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    if len(present) <= 1:
+        return present[0] if present else None
+    return torch.cat(present)
 
 
 def _grouped(values: Tensor, group_size: int) -> Tensor:

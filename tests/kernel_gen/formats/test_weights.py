@@ -52,9 +52,9 @@ stacks = given(
 def test_error_is_within_half_a_step(name, values, shape, seed):
     """|w - w'| <= s/2, and where s was rounded below (max - min) / (2^b - 1), what the 2^b codes then cannot reach.
 
-    Asymmetric codes cover (2^b - 1) s, so that at most (max - min) - (2^b - 1) s is out of reach: 0 for exact s, and up to
-    2^-8 (max - min) for a bf16 s, which is off by 2^-8 of itself at most. Symmetric ones: |w| / s is at most 127 * 256/255
-    = 127.498, which rounds to 127, so that nothing is out of reach. Float32's own rounding: 2^-22 max|w|.
+    Asymmetric codes cover (2^b - 1) s, so that at most (max - min) - (2^b - 1) s is out of reach: 0 for exact s, and up
+    to 2^-8 (max - min) for a bf16 s, which is off by 2^-8 of itself at most. Symmetric ones: |w| / s is at most
+    127 * 256/255 = 127.498, which rounds to 127: nothing is out of reach. Float32's own rounding: 2^-22 max|w|.
     """
     scheme = parse(name)
     w = weights_of(shape, seed, values)
@@ -99,7 +99,7 @@ def test_zeros_stay_zeros_and_scales_are_positive(name):
 @given(values=st.sampled_from(list(VALUES)), seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
 def test_e4m3_error(values, seed):
-    """e4m3 has 4 significant bits: half a unit is 2^-4 of the value, or of the smallest normal, 2^-6, so 2^-10 of the scale."""
+    """4 significant bits: half a unit is 2^-4 of the value, or of the smallest normal, 2^-6: 2^-10 of the scale."""
     w = weights_of((2, 3, 100), seed, values)
     quantized = quantize(w, parse("w8a8_g-1_sym_e4m3"))
     error = (w.double() - dequantize(quantized).double()).abs()
@@ -158,9 +158,20 @@ def test_what_is_not_finite_is_refused_with_its_place(name, value):
         quantize(w, parse(name))
 
 
+def test_a_stack_too_large_for_one_go_is_quantised_in_several(monkeypatch):
+    w = weights_of((5, 3, 200), 4, "normal")
+    for name in NAMES:
+        whole = quantize(w, parse(name))
+        with monkeypatch.context() as patch:
+            patch.setattr("kernel_gen.formats.weights.WEIGHTS_AT_ONCE", 1300)  # two experts
+            parts = quantize(w, parse(name))
+        assert parts.codes.dtype is whole.codes.dtype
+        assert torch.equal(dequantize(parts), dequantize(whole))
+
+
 @pytest.mark.parametrize("weights", [
-    torch.zeros(2, 3, dtype=torch.int32), torch.zeros(3), torch.zeros(1, 2, 3, 4), torch.zeros(2, 0, 3), torch.zeros(2, 3, 0),
-    torch.zeros(0, 2, 3),
+    torch.zeros(2, 3, dtype=torch.int32), torch.zeros(3), torch.zeros(1, 2, 3, 4),
+    torch.zeros(2, 0, 3), torch.zeros(2, 3, 0), torch.zeros(0, 2, 3),
 ], ids=lambda w: f"{w.dtype}{list(w.shape)}")  # fmt: skip
 def test_what_is_no_stack_is_refused(weights):
     with pytest.raises(SpecError, match="weights are floats"):
