@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from profiles.errors import SpecError
 
@@ -128,6 +129,7 @@ _NAME = re.compile(
 )
 
 
+@cache
 def parse(name: str) -> KernelConfig:
     """The configuration of a name; `parse(name).name == name` for every name that is accepted.
 

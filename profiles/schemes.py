@@ -11,6 +11,7 @@ import math as _math
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from profiles.errors import SpecError
 from profiles.gpus import Math
@@ -187,6 +188,7 @@ def _int4_activation_problem(weights: QuantSpec, activations: QuantSpec) -> str 
 _NAME = re.compile(r"w(\d{1,2})a(\d{1,2})_g(-1|\d{1,4})_(sym|asym)(_e4m3)?", re.ASCII)
 
 
+@cache
 def parse(name: str) -> QuantScheme:
     """The scheme of a name; `parse(name).name == name` for every name that is accepted.
 

@@ -8,7 +8,7 @@ is next opened if its writer died. Whoever reads the store sees both. One proces
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -132,11 +132,22 @@ class ProfileStore:
             SpecError: there is no such column, or it cannot be filtered by.
             DataError: the table is refused.
         """
+        frame: pd.DataFrame = self._filtered(filters).to_pandas(maps_as_pydicts="strict")
+        return frame
+
+    def load(self, **filters: object) -> list[ProfileRecord]:
+        """The same rows as `records`, as objects.
+
+        Raises:
+            SpecError, DataError: as `records`.
+        """
+        return [ProfileRecord.from_row(row) for row in self._filtered(filters).to_pylist(maps_as_pydicts="strict")]
+
+    def _filtered(self, filters: Mapping[str, object]) -> pa.Table:
         table, _ = self._read()
         for name, wanted in filters.items():
             table = table.filter(_mask(table, name, wanted))
-        frame: pd.DataFrame = table.to_pandas(maps_as_pydicts="strict")
-        return frame
+        return table
 
     def keys(self, *statuses: Status) -> set[str]:
         """`ProfileRecord.key` of the rows with one of some statuses, or of all rows: what a sweep need not do again.

@@ -4,6 +4,7 @@ refused whole.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -73,17 +74,19 @@ def read_parquet(path: Path) -> pa.Table:
     """
     try:
         table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a readable Parquet file, truncated or foreign ({reason})") from error
-    if "schema_version" in table.column_names:
+    if "schema_version" in names:
         for version in table.column("schema_version").unique().to_pylist():
             if version != SCHEMA_VERSION:
                 raise DataError(
                     f"{path}: its schema version is {version}; this version of bitile reads {SCHEMA_VERSION}"
                 )
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    extra = [name for name in table.column_names if name not in SCHEMA.names]
+    missing = [name for name in SCHEMA.names if name not in names]
+    extra = [name for name in names if name not in SCHEMA.names]
     if missing or extra:
         raise DataError(f"{path}: not a profile (missing columns: {_listed(missing)}; unknown: {_listed(extra)})")
     try:
@@ -102,7 +105,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         with replacing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise DataError(f"{path}: cannot be written ({reason}); what was there is unchanged") from error
 
 
