@@ -31,13 +31,8 @@ class Bf16Weights:
 
     def constants(self):
         """Registers that every k-tile needs; kept by the mainloop."""
-        return (
-            ptx.pinned(BF16_128),
-            ptx.pinned(BF16_ONE),
-            ptx.pinned(BF16_MINUS_ZERO),
-            ptx.pinned(BF16_MINUS_ONE),
-            ptx.pinned(BF16_MINUS_128),
-        )
+        values = (BF16_128, BF16_ONE, BF16_MINUS_ZERO, BF16_MINUS_ONE, BF16_MINUS_128)
+        return tuple(ptx.pinned(value) for value in values)
 
     @cute.jit
     def load(self, words, m: cutlass.Constexpr, base, block, lane, ks: cutlass.Constexpr):
@@ -64,24 +59,26 @@ class Bf16Weights:
         if const_expr(self.num_bits == 3):
             words[2, m] = ptx.lds32(unit + 1024 + w * 128 + lane * 4)
 
-    def bias(self, zero_pair, consts):
-        """What is added to the magic number to leave u - z: bf16 pair for up to 4 bits, two floats for 8.
+    @property
+    def bias_type(self):
+        return Float32 if self.num_bits == 8 else Int32
 
-        zero_pair holds the zero points of rows g (low) and g + 8 (high); without zero points it is ignored.
+    def bias(self, zero_pair, consts):
+        """What is added to the magic number to leave u - z, for rows g and g + 8: bf16 pairs for up to 4 bits, floats for 8.
+
+        zero_pair holds the zero points of the two rows as bf16; None for symmetric schemes, whose zero point is 2^(b-1).
         """
-        if self.num_bits == 16:
-            return None
         if self.num_bits == 8:
-            if not self.zero_points:
-                return (Float32(-(2.0**23) - 128.0), Float32(-(2.0**23) - 128.0))
+            if zero_pair is None:
+                return Float32(-(2.0**23) - 128.0), Float32(-(2.0**23) - 128.0)
             low, high = ptx.bf16_low_to_f32(zero_pair), ptx.bf16_high_to_f32(zero_pair)
-            return (Float32(-(2.0**23)) - low, Float32(-(2.0**23)) - high)
-        if not self.zero_points:
+            return Float32(-(2.0**23)) - low, Float32(-(2.0**23)) - high
+        if zero_pair is None:
             bits = {4: 0xC308, 3: 0xC304, 2: 0xC302}[self.num_bits]  # -(128 + 2^(b-1))
             packed = ptx.pinned(bits << 16 | bits)
-            return (packed, packed)
+            return packed, packed
         both = ptx.fma_bf16x2(zero_pair, consts[3], consts[4])  # -(z + 128): below 256, exact
-        return (ptx.broadcast_low(both), ptx.broadcast_high(both))
+        return ptx.broadcast_low(both), ptx.broadcast_high(both)
 
     def codes(self, words, m, ks, r, consts):
         """bf16 pair 128 + u for register r of k-step ks (2 to 4 bits)."""
@@ -92,23 +89,21 @@ class Bf16Weights:
             return low
         return ptx.and_or(_shift(words[2, m], r + 4 * ks - 2), 0x00040004, low)
 
-    def decode(self, words, m, ks, scale_pair, bias, consts):
-        """The four A registers of k-step ks. scale_pair: bf16 scales of rows g and g + 8 as one word, or None."""
+    def decode(self, words, m, ks, scales, biases, consts):
+        """The four A registers of k-step ks. scales, biases: [2, m_blocks] for rows g and g + 8, as pairs; scales of schemes with groups only."""
         if self.num_bits == 16:
             return [words[r, m] for r in range(4)]
         out = []
         for r in range(4):
+            bias = biases[r & 1, m]
             if self.num_bits == 8:
                 word = words[2 * ks + (r >> 1), m]
-                b = bias[r & 1]
-                pair = ptx.pack_bf16(
-                    ptx.byte_to_magic_f32(word, 2 * (r & 1)) + b, ptx.byte_to_magic_f32(word, 2 * (r & 1) + 1) + b
-                )
+                low = ptx.byte_to_magic_f32(word, 2 * (r & 1)) + bias
+                pair = ptx.pack_bf16(low, ptx.byte_to_magic_f32(word, 2 * (r & 1) + 1) + bias)
             else:
-                pair = ptx.fma_bf16x2(self.codes(words, m, ks, r, consts), consts[1], bias[r & 1])
+                pair = ptx.fma_bf16x2(self.codes(words, m, ks, r, consts), consts[1], bias)
             if self.group_scales:
-                scale = ptx.broadcast_high(scale_pair) if r & 1 else ptx.broadcast_low(scale_pair)
-                pair = ptx.fma_bf16x2(pair, scale, consts[2])
+                pair = ptx.fma_bf16x2(pair, scales[r & 1, m], consts[2])
             out.append(pair)
         return out
 

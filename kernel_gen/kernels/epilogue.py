@@ -15,14 +15,14 @@ class Epilogue:
         self.channel_scales, self.token_scales, self.extra_scale = channel_scales, token_scales, extra_scale
 
     @cute.jit
-    def run(self, acc, lane, y, num_features, feature0, token0, token_end, channels, padded_features, expert_index, tokens):
-        """acc: rmem [4, m_blocks, n_blocks] float32. feature0 and token0 are this warp's first; channels and tokens are float32 scales' addresses."""
+    def run(self, acc, lane, y, num_features, feature0, token0, token_end, channels, padded_features, tokens):
+        """acc: rmem [4, m_blocks, n_blocks] float32. feature0 and token0 are this warp's first; channels and tokens are the addresses of the expert's and the tokens' float32 scales."""
         row_scales = cute.make_rmem_tensor((2, self.m_blocks), Float32)
         if const_expr(self.channel_scales):
             for m in cutlass.range_constexpr(self.m_blocks):
                 for half in cutlass.range_constexpr(2):
                     row = cutlass.min(feature0 + m * 16 + half * 8 + lane // 4, padded_features - 1)
-                    row_scales[half, m] = ptx.ldg_f32(channels + (Int64(expert_index) * padded_features + row) * 4)
+                    row_scales[half, m] = ptx.ldg_f32(channels + Int64(row) * 4)
         for n in cutlass.range_constexpr(self.n_blocks):
             scale0 = Float32(self.extra_scale)
             scale1 = Float32(self.extra_scale)

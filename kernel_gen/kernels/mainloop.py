@@ -24,6 +24,7 @@ class Mainloop:
         self.chunks = facts.x_row_bytes // 16
         self.k_steps = self.chunks // 2  # an MMA takes 32 bytes of a token's row
         self.grouped = facts.has_group_scales and self.math is not Math.BF16
+        self.has_group_zeros = facts.has_zero_points and facts.has_group_scales
         self.token_groups = facts.activation is ActivationKind.INT4_GROUP
         self.widen = self.math is Math.INT8 and facts.weight_bits == 4
         if self.math is Math.BF16:
@@ -36,6 +37,11 @@ class Mainloop:
     @property
     def integer(self) -> bool:
         return self.math in (Math.INT8, Math.INT4)
+
+    @property
+    def has_tile_biases(self) -> bool:
+        """Whether what is subtracted from the codes holds for a whole tile, not for a k-group."""
+        return self.math is Math.BF16 and self.facts.weight_bits != 16 and not self.has_group_zeros
 
     @cute.jit
     def tokens(self, fragments, stage, warp_n, lane, ks: cutlass.Constexpr):
@@ -77,25 +83,44 @@ class Mainloop:
 
     @cute.jit
     def step_bf16(self, state, stage, warp_m, warp_n, lane):
-        acc, words, fragments, scales, zeros, consts = state
-        strip_at = (lane // 4) * 4
-        biases = [None] * self.m_blocks
+        acc, words, fragments, scales, biases, consts = state
         for m in cutlass.range_constexpr(self.m_blocks):
             block = warp_m * self.m_blocks + m
             if const_expr(self.facts.weight_bits != 16):
                 self.weights.load(words, m, stage, block, lane, 0)
             if const_expr(self.facts.has_group_scales):
-                scales[m] = ptx.lds32(stage + self.stage.scale_offset + block * 32 + strip_at)
-            if const_expr(self.facts.has_zero_points and self.facts.has_group_scales):
-                zeros[m] = ptx.lds32(stage + self.stage.zero_offset + block * 32 + strip_at)
-            biases[m] = self.weights.bias(zeros[m], consts)
+                self.fetch_group(scales, biases, m, stage + block * 32 + (lane // 4) * 4, consts)
         for ks in cutlass.range_constexpr(self.k_steps):
             self.tokens(fragments, stage, warp_n, lane, ks)
             for m in cutlass.range_constexpr(self.m_blocks):
                 if const_expr(self.facts.weight_bits == 16):
                     self.weights.load(words, m, stage, warp_m * self.m_blocks + m, lane, ks)
-                a = self.weights.decode(words, m, ks, scales[m], biases[m], consts)
+                a = self.weights.decode(words, m, ks, scales, biases, consts)
                 self.multiply(acc, a, fragments, m, False)
+
+    @cute.jit
+    def fetch_group(self, scales, biases, m: cutlass.Constexpr, address, consts):
+        """Scale, and zero point where there is one, of rows g and g + 8 in this k-tile's group."""
+        pair = ptx.lds32(address + self.stage.scale_offset)
+        scales[0, m] = ptx.broadcast_low(pair)
+        scales[1, m] = ptx.broadcast_high(pair)
+        if const_expr(self.facts.has_zero_points):
+            bias = self.weights.bias(ptx.lds32(address + self.stage.zero_offset), consts)
+            biases[0, m] = bias[0]
+            biases[1, m] = bias[1]
+
+    @cute.jit
+    def fetch_channel(self, state, zero_strip, block0, num_blocks, lane):
+        """Biases that hold for a whole tile: zero points per channel from global memory, or the symmetric schemes' constant."""
+        biases, consts = state[4], state[5]
+        for m in cutlass.range_constexpr(self.m_blocks):
+            pair = None
+            if const_expr(self.facts.has_zero_points):
+                block = cutlass.min(block0 + m, num_blocks - 1)
+                pair = ptx.ldg32(zero_strip + block * 32 + (lane // 4) * 4)
+            bias = self.weights.bias(pair, consts)
+            biases[0, m] = bias[0]
+            biases[1, m] = bias[1]
 
     @cute.jit
     def step_narrow(self, state, stage, warp_m, warp_n, lane):
@@ -128,6 +153,15 @@ class Mainloop:
                         scale = scale * columns[i % 2]
                     acc[i, m, n] = acc[i, m, n] + value * scale
 
+    def to_float(self, acc):
+        """Integer sums as float32; |sum| < 2^24 is exact, and beyond it the output's rounding is far coarser."""
+        sums = cute.make_rmem_tensor((4, self.m_blocks, self.n_blocks), Float32)
+        for m in range(self.m_blocks):
+            for n in range(self.n_blocks):
+                for i in range(4):
+                    sums[i, m, n] = ptx.int_to_f32(acc[i, m, n])
+        return sums
+
     def registers(self):
         """Register tensors of one tile: what `step` takes as state."""
         float_sums = not self.integer or self.grouped
@@ -135,9 +169,9 @@ class Mainloop:
         fragments = cute.make_rmem_tensor((2, self.n_blocks), Int32)
         if self.math is Math.BF16:
             words = cute.make_rmem_tensor((self.weights.words, self.m_blocks), Int32)
-            scales = cute.make_rmem_tensor((self.m_blocks,), Int32)
-            zeros = cute.make_rmem_tensor((self.m_blocks,), Int32)
-            return acc, words, fragments, scales, zeros, self.weights.constants()
+            scales = cute.make_rmem_tensor((2, self.m_blocks), Int32)
+            biases = cute.make_rmem_tensor((2, self.m_blocks), self.weights.bias_type)
+            return acc, words, fragments, scales, biases, self.weights.constants()
         words = cute.make_rmem_tensor((8 if self.widen else 4, self.m_blocks), Int32)
         sums = cute.make_rmem_tensor((4, self.m_blocks, self.n_blocks), Int32) if self.grouped else acc
         return acc, words, fragments, sums

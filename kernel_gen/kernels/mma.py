@@ -13,24 +13,20 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from kernel_gen import smem
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.epilogue import Epilogue
-from kernel_gen.kernels.loads import StageLoader
+from kernel_gen.kernels.loads import (
+    ACTIVATION_ARGUMENT,
+    K_LEFT,
+    NUM_ADDRESSES,
+    NUM_WORDS,
+    SLOT,
+    STAGE,
+    TILE,
+    StageLoader,
+)
 from kernel_gen.kernels.mainloop import Mainloop
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
-from kernel_gen.layouts import ActivationKind, layout_of
-
-# Registers of the load cursor.
-TILE, K_TILE, K_TILES, STAGE, ROW, ROW_END, FEATURE_TILE, SLOT, INDEX = range(9)
-
-ACTIVATION_ARGUMENT = {
-    ActivationKind.BF16: 0,
-    ActivationKind.INT8: 1,
-    ActivationKind.E4M3: 3,
-    ActivationKind.INT4: 5,
-    ActivationKind.INT4_GROUP: 5,
-}
-"""Where an activation's address stands among the seven; its scales' address follows it (bf16 has none)."""
-
+from kernel_gen.layouts import STRIP_BYTES, ActivationKind, layout_of
 
 class Slot:
     """The units of one scheme in this kernel."""
@@ -130,17 +126,20 @@ class MmaKernel:
         num_tiles = self.scheduler.build(
             table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles
         )
-        where = (table, lane, num_tiles, feature_tiles, ctas, k)
+        where = (table, lane, num_tiles, feature_tiles, ctas)
         what = (stages, tid, weights_at, activations, k, units)
-        cursor = cute.make_rmem_tensor((9,), Int32)
-        for i in cutlass.range_constexpr(9):
-            cursor[i] = Int32(0)
-        cursor[TILE] = first
-        self.locate(cursor, where)
+        words = cute.make_rmem_tensor((NUM_WORDS,), Int32)
+        addresses = cute.make_rmem_tensor((NUM_ADDRESSES,), Int64)
+        words.fill(0)
+        addresses.fill(0)
+        words[TILE] = first
+        words[STAGE] = stages
+        cursor = (words, addresses)
+        self.aim(cursor, where, what)
         for _ in cutlass.range_constexpr(self.num_stages - 1):
             self.load_next(cursor, where, what)
         stage = cute.make_rmem_tensor((1,), Int32)
-        stage[0] = Int32(0)
+        stage[0] = stages
         for tile in cutlass.range(first, num_tiles, ctas, unroll=1):
             row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
             at = (row, row_end, feature_tile, index, y_at, num_features)
@@ -153,72 +152,48 @@ class MmaKernel:
                         self.run_tile(s, stage, cursor, where, what, at, threads)
 
     @cute.jit
-    def locate(self, cursor, where):
-        """Point the load cursor at the first k-tile of its tile."""
-        table, lane, num_tiles, feature_tiles, _, k = where
-        if cursor[TILE] < num_tiles:
-            row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, cursor[TILE], feature_tiles)
-            cursor[ROW] = row
-            cursor[ROW_END] = row_end
-            cursor[FEATURE_TILE] = feature_tile
-            cursor[SLOT] = slot
-            cursor[INDEX] = index
-            cursor[K_TILE] = Int32(0)
+    def aim(self, cursor, where, what):
+        """Point the load cursor at the first k-tile of its tile, if there is one."""
+        words, addresses = cursor
+        table, lane, num_tiles, feature_tiles, _ = where
+        _, tid, weights_at, activations, k, units = what
+        if words[TILE] < num_tiles:
+            row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, words[TILE], feature_tiles)
+            words[SLOT] = slot
+            at = (row, row_end, feature_tile, index)
             for s in cutlass.range_constexpr(len(self.slots)):
-                k_tile = self.slots[s].facts.k_tile
-                if slot == s:
-                    cursor[K_TILES] = (k + (k_tile - 1)) // k_tile
+                if const_expr(len(self.slots) == 1):
+                    self.slots[s].loader.aim(words, addresses, tid, at, weights_at, activations, k, units)
+                else:
+                    if slot == s:
+                        self.slots[s].loader.aim(words, addresses, tid, at, weights_at + s * 32, activations, k, units)
 
     @cute.jit
     def load_next(self, cursor, where, what):
         """Start the copy of one more k-tile, if there is one, and close its cp.async group either way, so that groups count stages."""
-        _, _, num_tiles, _, ctas, _ = where
-        if cursor[TILE] < num_tiles:
+        words, addresses = cursor
+        stages, tid, _, _, k, units = what
+        if words[TILE] < where[2]:
             for s in cutlass.range_constexpr(len(self.slots)):
                 if const_expr(len(self.slots) == 1):
-                    self.load_stage(s, cursor, what)
+                    self.slots[s].loader.issue(words, addresses, tid, k, units)
                 else:
-                    if cursor[SLOT] == s:
-                        self.load_stage(s, cursor, what)
-            cursor[K_TILE] = cursor[K_TILE] + 1
-            if cursor[K_TILE] == cursor[K_TILES]:
-                cursor[TILE] = cursor[TILE] + ctas
-                self.locate(cursor, where)
+                    if words[SLOT] == s:
+                        self.slots[s].loader.issue(words, addresses, tid, k, units)
+            words[K_LEFT] = words[K_LEFT] - 1
+            if words[K_LEFT] == 0:
+                words[TILE] = words[TILE] + where[4]
+                self.aim(cursor, where, what)
         cute.arch.cp_async_commit_group()
-        cursor[STAGE] = cursor[STAGE] + 1
-        if cursor[STAGE] == self.num_stages:
-            cursor[STAGE] = Int32(0)
+        words[STAGE] = self.next_stage(words[STAGE], stages)
 
     @cute.jit
-    def load_stage(self, s: cutlass.Constexpr, cursor, what):
-        """Copy one k-tile of slot s."""
-        stages, tid, weights_at, activations, k, units = what
-        loader = self.slots[s].loader
-        facts = self.slots[s].facts
-        where_x = ACTIVATION_ARGUMENT[facts.activation]
-        x = activations[where_x]
-        k_tile = cursor[K_TILE]
-        k_tiles = cursor[K_TILES]
-        index = cursor[INDEX]
-        feature_tile = cursor[FEATURE_TILE]
-        stage = stages + cursor[STAGE] * self.stage_bytes
-        slot_at = weights_at + s * 32
-        loader.weights(stage, tid, ptx.ldg64(slot_at), index, feature_tile, k_tile, k_tiles, units)
-        row_bytes = k_tiles * facts.x_row_bytes
-        if const_expr(facts.activation is ActivationKind.BF16):
-            row_bytes = (k * 2 + 15) // 16 * 16
-        loader.activations(stage, tid, x, cursor[ROW], cursor[ROW_END], k_tile, row_bytes)
-        if const_expr(facts.has_group_scales):
-            groups = (k + (facts.group_size - 1)) // facts.group_size
-            group = k_tile // facts.k_tiles_per_group
-            at = stage + loader.stage.scale_offset
-            loader.strip(at, tid, ptx.ldg64(slot_at + 8), index, groups, group, feature_tile, units)
-            if const_expr(facts.has_zero_points):
-                at = stage + loader.stage.zero_offset
-                loader.strip(at, tid, ptx.ldg64(slot_at + 16), index, groups, group, feature_tile, units)
-        if const_expr(facts.activation is ActivationKind.INT4_GROUP):
-            at = stage + loader.stage.sx_offset
-            loader.activation_scales(at, tid, activations[where_x + 1], cursor[ROW], cursor[ROW_END], k_tile, k_tiles)
+    def next_stage(self, stage, stages):
+        """The address of the stage after this one, in a ring."""
+        following = stage + self.stage_bytes
+        if following == stages + self.num_stages * self.stage_bytes:
+            following = stages
+        return following
 
     @cute.jit
     def run_tile(self, s: cutlass.Constexpr, stage, cursor, where, what, at, threads):
@@ -228,39 +203,31 @@ class MmaKernel:
         warp_m, warp_n, lane = threads
         unit = self.slots[s]
         loop = unit.mainloop
+        slot_at = weights_at + s * 32
         state = loop.registers()
         acc = state[0]
         acc.fill(0)
-        if const_expr(unit.facts.has_zero_points and not unit.facts.has_group_scales):
-            zeros = state[4]
-            for m in cutlass.range_constexpr(loop.m_blocks):
-                block = feature_tile * (self.tile_m // 16) + warp_m * loop.m_blocks + m
-                block = cutlass.min(block, units * 4 - 1)
-                zeros[m] = ptx.ldg32(
-                    ptx.ldg64(weights_at + s * 32 + 16) + (Int64(index) * units * 4 + block) * 32 + (lane // 4) * 4
-                )
+        if const_expr(loop.has_tile_biases):
+            block0 = feature_tile * (self.tile_m // 16) + warp_m * loop.m_blocks
+            zero_strip = ptx.ldg64(slot_at + 16) + Int64(index) * units * STRIP_BYTES
+            loop.fetch_channel(state, zero_strip, block0, units * 4, lane)
         k_tiles = (k + (unit.facts.k_tile - 1)) // unit.facts.k_tile
         for _ in cutlass.range(k_tiles, unroll=1):
             cute.arch.cp_async_wait_group(self.num_stages - 2)
             cute.arch.sync_threads()
             self.load_next(cursor, where, what)
-            self.slots[s].mainloop.step(state, stages + stage[0] * self.stage_bytes, warp_m, warp_n, lane)
-            stage[0] = stage[0] + 1
-            if stage[0] == self.num_stages:
-                stage[0] = Int32(0)
+            self.slots[s].mainloop.step(state, stage[0], warp_m, warp_n, lane)
+            stage[0] = self.next_stage(stage[0], stages)
         sums = acc
         if const_expr(loop.integer and not loop.grouped):
-            sums = cute.make_rmem_tensor((4, loop.m_blocks, loop.n_blocks), cutlass.Float32)
-            for i in cutlass.range_constexpr(cute.size(acc)):
-                sums[i] = ptx.int_to_f32(acc[i])
+            sums = loop.to_float(acc)
         feature0 = feature_tile * self.tile_m + warp_m * (16 * loop.m_blocks)
         token0 = row + warp_n * (8 * loop.n_blocks)
-        where_x = ACTIVATION_ARGUMENT[unit.facts.activation]
-        tokens = activations[where_x + 1] if unit.epilogue.token_scales else Int64(0)
-        channels = ptx.ldg64(weights_at + s * 32 + 24) if unit.epilogue.channel_scales else Int64(0)
-        unit.epilogue.run(
-            sums, lane, y_at, num_features, feature0, token0, row_end, channels, units * 64, index, tokens
-        )
+        tokens = Int64(0)
+        if const_expr(unit.epilogue.token_scales):
+            tokens = activations[ACTIVATION_ARGUMENT[unit.facts.activation] + 1]
+        channels = ptx.ldg64(slot_at + 24) + Int64(index) * units * 256
+        unit.epilogue.run(sums, lane, y_at, num_features, feature0, token0, row_end, channels, units * 64, tokens)
 
 
 def entry(spec: KernelSpec):

@@ -71,13 +71,22 @@ def movmatrix_trans(value):
     )
 
 
-def cp_async_16(smem, gmem, num_bytes):
-    """Copy num_bytes (0..16) and fill the rest of the 16 with zeros; with 0 the address is not read."""
-    _ptx("cp.async.cg.shared.global.L2::128B [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[smem, gmem, num_bytes])
+def cp_async_16_if_more(smem, gmem, left, offset):
+    """Copy 16 bytes if left > offset, else write 16 zeros and read nothing."""
+    _cp_async("cg.shared.global.L2::128B", 16, smem, gmem, left, offset)
 
 
-def cp_async_4(smem, gmem, num_bytes):
-    _ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};", read_only_args=[smem, gmem, num_bytes])
+def cp_async_4_if_more(smem, gmem, left, offset):
+    """Copy 4 bytes if left > offset, else write zeros."""
+    _cp_async("ca.shared.global", 4, smem, gmem, left, offset)
+
+
+def _cp_async(kind, size, smem, gmem, left, offset):
+    _ptx(
+        "{.reg .pred p; .reg .b32 n; setp.gt.s32 p, {$r2}, " + str(offset) + "; selp.b32 n, " + str(size) + ", 0, p; "
+        "cp.async." + kind + " [{$r0}], [{$r1}], " + str(size) + ", n;}",
+        read_only_args=[smem, gmem, left],
+    )
 
 
 def pack_bf16(low, high):
