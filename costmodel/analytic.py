@@ -131,7 +131,7 @@ def marginal_expert_cost(
     terms = _Terms(gpu, table, constants)
     full = terms.tile_us(table.ctas_per_sm[:, None])
     share = (full.total * table.num_tiles).sum(axis=1) / (gpu.num_sms * table.ctas_per_sm)
-    return np.asarray(_norm([share, terms.dram_us()], constants.overlap_exponent), dtype=np.float64)
+    return np.asarray(_norm([share, terms.dram_us()], constants.overlap_squarings), dtype=np.float64)
 
 
 def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS) -> pd.DataFrame:
@@ -169,7 +169,7 @@ def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants)
     fill = np.where(busy, terms.fill_us(), 0.0)
     flops, multiplied = terms.flops(), terms.multiplied_flops()
     return {
-        "latency_us": constants.launch_floor_us + fill + _norm([total, dram], constants.overlap_exponent),
+        "latency_us": constants.launch_floor_us + fill + _norm([total, dram], constants.overlap_squarings),
         "launch_us": np.full(len(table), constants.launch_floor_us),
         "fill_us": fill,
         "makespan_us": total,
@@ -285,7 +285,7 @@ class _Terms:
             ctas * (t.epilogue_instructions / issue_rate + t.output_bytes / self.l2_bytes_per_clock)
             + c.tile_overhead_cycles
         )
-        total = _norm(list(clocks.values()), c.overlap_exponent) + epilogue
+        total = _norm(list(clocks.values()), c.overlap_squarings) + epilogue
         per_us = {name: np.broadcast_to(value, total.shape) / self.clocks_per_us for name, value in clocks.items()}
         return _TileTime(total=total / self.clocks_per_us, epilogue=epilogue / self.clocks_per_us, **per_us)
 
@@ -358,10 +358,16 @@ def model_version() -> str:
     return f"analytic-{digest.hexdigest()[:12]}"
 
 
-def _norm(parts: Sequence[Array], exponent: float) -> Array:
-    """p-norm of non-negative parts, elementwise: at least the largest, at most their sum."""
-    largest = np.maximum.reduce(np.broadcast_arrays(*parts))
+def _norm(parts: Sequence[Array], squarings: int) -> Array:
+    """p-norm of non-negative parts, elementwise, p = 2 ** squarings: at least the largest, at most their sum."""
+    largest = functools.reduce(np.maximum, parts)
     scale = np.where(largest > 0, largest, 1.0)
-    return np.asarray(
-        scale * sum((part / scale) ** exponent for part in parts) ** (1.0 / exponent) * (largest > 0), dtype=np.float64
-    )
+    total = np.zeros(scale.shape)
+    for part in parts:
+        power = part / scale
+        for _ in range(squarings):
+            power = np.square(power)
+        total += power
+    for _ in range(squarings):
+        total = np.sqrt(total)
+    return np.asarray(scale * total, dtype=np.float64)

@@ -77,9 +77,10 @@ class AnalyticConstants:
     prologue_cycles_per_expert: float = 4.0
     """The scan's share of an expert. A guess."""
 
-    overlap_exponent: float = 4.0
+    overlap_squarings: int = 2
     """Resources of an SM work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity
-    perfectly. A guess."""
+    perfectly. p is 2 to this power, so that the norm needs squares and roots only: 4, a guess.
+    """
 
     def of(self, table: Mapping[str, float], compute_capability: tuple[int, int]) -> float:
         """The entry for a GPU: "major.minor" if there is one, else "major", else the newest major below."""

@@ -237,6 +237,8 @@ def test_bad_launches_are_refused() -> None:
         launch_latency(ADA, shape, load, [W4A16], config, dataclasses.replace(facts, ctas_per_sm=0))
     with pytest.raises(UnsupportedError, match="no int4 tensor cores on sm_90"):
         launch_latency(gpu("h200"), shape, load, [schemes.parse("w4a4_g-1_sym")], config, facts)
+    with pytest.raises(UnsupportedError, match="2-bit weights have no packing for INT8"):
+        launch_latency(ADA, shape, load, [schemes.parse("w2a8_g-1_sym")], config, facts)
     many = load_of([1] * 5)
     five = [W4A16, W8A8, W16A16, schemes.parse("w2a16_g128_sym"), schemes.parse("w3a16_g128_sym")]
     with pytest.raises(SpecError, match="at most 4"):
