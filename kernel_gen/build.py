@@ -1,7 +1,8 @@
-"""From a GPU and a model to a bundle of kernels: enumerate, reject with reasons, compile what the cache lacks, gate, link.
+"""From a GPU and a model to a bundle of kernels: enumerate, reject with reasons, compile what the cache lacks, gate,
+link.
 
-`build` does it; `python -m kernel_gen.build` is `build` with a progress bar and a table. Interrupted at any moment, it keeps every finished kernel:
-the same command continues.
+`build` does it; `python -m kernel_gen.build` is `build` with a progress bar and a table. Interrupted at any moment, it
+keeps every finished kernel: the same command continues.
 """
 
 from __future__ import annotations
@@ -31,7 +32,20 @@ from profiles.records import Status
 from profiles.schemes import KERNEL_SCHEMES, QuantScheme
 
 MIN_MAX_EXPERTS = 256
-"""Kernels are built for at least as many experts, so that one build serves every model: the scheduler's table then takes 4 KiB of shared memory."""
+"""Kernels are built for at least as many experts, so that one build serves every model: the scheduler's table then
+takes 4 KiB of shared memory.
+"""
+
+EPILOG = """examples:
+  python -m kernel_gen.build --gpu rtx4090 --model qwen1.5-moe-a2.7b --out bundle
+  python -m kernel_gen.build --gpu rtx4090 --model mixtral-8x7b --out bundle --schemes w4a16_g128_sym,w8a8_g-1_sym
+  python -m kernel_gen.build --gpu l40s --model ./config.json --out bundle --schemes w4a16_g128_asym+w8a8_g-1_sym
+  python -m kernel_gen.build --gpu rtx4090 --model olmoe-1b-7b --out bundle --effort full --explain > rejections.txt
+
+Kernels are kept in $BITILE_CACHE, else in ~/.cache/bitile, and compiled once. Ctrl-C loses nothing that is finished.
+
+exit codes: 0 a bundle was written (rejections are counted, not errors); 1 it was, but some kernel could not be
+compiled; 2 a mistake in the command; 130 interrupted"""
 
 Slots = tuple[QuantScheme, ...]
 """The schemes of one kernel, one a slot."""
@@ -40,7 +54,9 @@ EVERY_SCHEME: tuple[Slots, ...] = tuple((scheme,) for scheme in KERNEL_SCHEMES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """What to build. Kernels take N, K and the number of tokens when they run: of the model, only its number of experts matters."""
+    """What to build. Kernels take N, K and the number of tokens when they run: of the model, only its number of experts
+    matters.
+    """
 
     gpu: GpuSpec
     model: MoeShape
@@ -74,7 +90,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
-    """A finished build. `num_cached` of the plan's kernels were there already; `seconds` is the whole build's wall time."""
+    """A finished build. `num_cached` of the plan's kernels were there already; `seconds` is the whole build's wall
+    time.
+    """
 
     plan: Plan
     bundle: Bundle
@@ -88,7 +106,9 @@ class BuildResult:
 
 
 def make_plan(request: BuildRequest) -> Plan:
-    """Enumerate and reject. UnsupportedError, with every kind of reason, when nothing can be generated for this GPU and these schemes."""
+    """Enumerate and reject. UnsupportedError, with every kind of reason, when nothing can be generated for this GPU and
+    these schemes.
+    """
     specs, rejected = [], []
     for slots in request.slots:
         for config, reasons in enumerate_configs(slots, request.gpu, request.effort, max_experts=request.max_experts):
@@ -116,8 +136,9 @@ def build(
 ) -> BuildResult:
     """Compile what the cache lacks, gate everything, and write the bundle.
 
-    `on_start(total, cached)` is called before the first compilation, `on_outcome` after each. A rejection by the gate, or a kernel that cannot be
-    compiled, is recorded in the bundle with its reasons. UserError when no kernel is left; OSError when a disk is full.
+    `on_start(total, cached)` is called before the first compilation, `on_outcome` after each. A rejection by the gate,
+    or a kernel that cannot be compiled, is recorded in the bundle with its reasons. UserError when no kernel is left;
+    OSError when a disk is full.
     """
     started = time.perf_counter()
     found = {spec: cache.get(spec) for spec in plan.specs}
@@ -144,7 +165,9 @@ def build(
 
 
 def parse_slots(text: str) -> tuple[Slots, ...]:
-    """`--schemes`: names separated by commas; names joined by + share one kernel, a slot each. SpecError for what is not a scheme, or is there twice."""
+    """`--schemes`: names separated by commas; names joined by + share one kernel, a slot each. SpecError for what is
+    not a scheme, or is there twice.
+    """
     found = tuple(tuple(schemes.parse(name.strip()) for name in kernel.split("+")) for kernel in text.split(","))
     for slots in found:
         if len(set(slots)) != len(slots):
@@ -155,7 +178,8 @@ def parse_slots(text: str) -> tuple[Slots, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0 when a bundle was written, 1 when it was but some kernel could not be compiled, 2 on a user's mistake, 130 on Ctrl-C.
+    """The command line. Returns 0 when a bundle was written, 1 when it was but some kernel could not be compiled, 2 on
+    a user's mistake, 130 on Ctrl-C.
 
     What the rules or the gate reject is no failure: it is counted, and kept in the manifest.
     """
@@ -202,14 +226,9 @@ def _run(request: BuildRequest, *, explain: bool, as_json: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kernel_gen.build",
-        description="Compile the kernels for a GPU, which need not be here, and link them into a bundle that a machine without a compiler can run.",
-        epilog="""examples:
-  python -m kernel_gen.build --gpu rtx4090 --model qwen1.5-moe-a2.7b --out bundle
-  python -m kernel_gen.build --gpu rtx4090 --model mixtral-8x7b --out bundle --schemes w4a16_g128_sym,w8a8_g-1_sym --effort full
-  python -m kernel_gen.build --gpu rtx4090 --model ./config.json --out bundle --schemes w4a16_g128_asym+w8a8_g-1_sym --explain
-
-Kernels are kept in $BITILE_CACHE, else in ~/.cache/bitile, and compiled once. Ctrl-C loses nothing that is finished.
-exit codes: 0 a bundle was written; 1 it was, but some kernel could not be compiled; 2 a mistake in the command; 130 interrupted""",
+        description="Compile the kernels for a GPU, which need not be here, and link them into a bundle, "
+        "which a machine without a compiler can run.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpu", required=True, help="the GPU to build for, such as rtx4090")

@@ -90,7 +90,9 @@ def print_rejected(plan: Plan, file: TextIO = sys.stdout) -> None:
 
 
 def print_result(request: BuildRequest, result: BuildResult, *, explain: bool) -> None:
-    """The closing table: per kernel's schemes, how many were built, rejected and failed, and the range of their resources."""
+    """The closing table: per kernel's schemes, how many were built, rejected and failed, and the range of their
+    resources.
+    """
     table = Table(title=f"{request.gpu.name} ({request.gpu.arch}), {request.effort.value}", title_justify="left")
     for name, justify in (
         ("schemes", "left"),
@@ -121,8 +123,8 @@ def print_result(request: BuildRequest, result: BuildResult, *, explain: bool) -
             print(f"{kind.count:8d}  {kind.example}")
     compiled = len(result.plan.specs) - result.num_cached
     print(
-        f"{len(bundle.kernels)} kernels in {bundle.path} (fingerprint {bundle.fingerprint}): {compiled} compiled, {result.num_cached} from the cache, "
-        f"{len(bundle.refused)} refused, {result.seconds:.1f} s"
+        f"{len(bundle.kernels)} kernels in {bundle.path} (fingerprint {bundle.fingerprint}): {compiled} compiled, "
+        f"{result.num_cached} from the cache, {len(bundle.refused)} refused, {result.seconds:.1f} s"
     )
 
 

@@ -1,7 +1,8 @@
 """A bundle: the kernels built for one GPU in shared libraries, and a manifest that says what they are.
 
-`write_bundle` makes one, `load_bundle` opens one. What loads a bundle needs neither the DSL nor a compiler nor a CUDA toolkit: a library carries the
-static CUDA run time, and its functions are called through apache-tvm-ffi. Opening one to read it needs nothing at all.
+`write_bundle` makes one, `load_bundle` opens one. What loads a bundle needs neither the DSL nor a compiler nor a CUDA
+toolkit: a library carries the static CUDA run time, and its functions are called through apache-tvm-ffi. Opening one to
+read it needs nothing at all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ KERNELS_PER_LIBRARY = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundledKernel:
-    """One kernel of a bundle. `fingerprint` is that of the spec and the sources it was built from, which need not be this checkout's."""
+    """One kernel of a bundle. `fingerprint` is that of the spec and the sources it was built from, which need not be
+    this checkout's.
+    """
 
     spec: KernelSpec
     symbol: str
@@ -47,7 +50,9 @@ class BundledKernel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefusedKernel:
-    """A kernel that was tried and is not in the bundle, with every reason: the gate rejected it, or it could not be compiled."""
+    """A kernel that was tried and is not in the bundle, with every reason: the gate rejected it, or it could not be
+    compiled.
+    """
 
     spec: KernelSpec
     status: Status
@@ -65,7 +70,9 @@ class Bundle:
     fingerprint: str
 
     def function(self, kernel: BundledKernel) -> Callable[..., None]:
-        """One kernel's entry, as ARCHITECTURE.md gives its arguments; its library is loaded at the first call. Calling the entry needs the GPU."""
+        """One kernel's entry, as ARCHITECTURE.md gives its arguments; its library is loaded at the first call. Calling
+        the entry needs the GPU.
+        """
         function: Callable[..., None] = _load_library(kernel.library)[kernel.symbol]
         return function
 
@@ -73,7 +80,8 @@ class Bundle:
 def write_bundle(
     out_dir: Path, gpu: GpuSpec, artifacts: Sequence[Artifact], refused: Sequence[RefusedKernel]
 ) -> Bundle:
-    """Link `artifacts` into a bundle in `out_dir`, replacing the one that is there; one with the same content is kept as it is.
+    """Link `artifacts` into a bundle in `out_dir`, replacing the one that is there; one with the same content is kept
+    as it is.
 
     The manifest is replaced last and by one rename, so that a reader sees the old bundle or the new one.
     UserError when there is no kernel or a part needed for linking is missing.
@@ -105,8 +113,8 @@ def write_bundle(
 def load_bundle(path: Path | str) -> Bundle:
     """Open the bundle in the folder `path`. Imports neither the DSL nor torch; loads no code.
 
-    DataError, in one sentence, for what is not a whole bundle that this version can run: no manifest, a foreign or truncated file, another schema or
-    kernel interface, a library that is missing or not the one the manifest describes.
+    DataError, in one sentence, for what is not a whole bundle that this version can run: no manifest, a foreign or
+    truncated file, another schema or kernel interface, a library that is missing or not the one the manifest describes.
     """
     path = Path(path)
     try:
@@ -135,9 +143,8 @@ def load_bundle(path: Path | str) -> Bundle:
             fingerprint=body["fingerprint"],
         )
     except (LookupError, TypeError, ValueError, BitileError) as error:
-        raise DataError(
-            f"{path / MANIFEST_NAME} describes something unknown to this version ({error}): build it again"
-        ) from error
+        unknown = f"describes something unknown to this version ({error})"
+        raise DataError(f"{path / MANIFEST_NAME} {unknown}: build it again") from error
     for name, digest in body["libraries"].items():
         _check_library(path / name, digest)
     return bundle
@@ -220,9 +227,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise DataError(f"{path} is not the manifest of a bundle: its format is not {FORMAT!r}")
     if body.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"{path} has schema version {body.get('schema_version')!r}, this version reads {SCHEMA_VERSION}: build it again"
-        )
+        version = body.get("schema_version")
+        raise DataError(f"{path} has schema version {version!r}, this version reads {SCHEMA_VERSION}: build it again")
     stated = body.pop("fingerprint", None)
     if stated != _fingerprint(body) or not isinstance(body.get("content"), dict):
         raise DataError(f"{path} was changed after it was written: its fingerprint does not match; build it again")

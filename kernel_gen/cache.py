@@ -1,17 +1,20 @@
 """Compiled kernels on disk, found by content: the same sources, spec and compiler give the same entry on every machine.
 
-An entry is one folder, `kernel.o` and `entry.json`, that appears by one rename. An entry that is damaged is dropped when it is asked for, and compiled again.
-The place is `$BITILE_CACHE`, else `bitile` in `$XDG_CACHE_HOME`, else in `~/.cache`.
+An entry is one folder, `kernel.o` and `entry.json`, that appears by one rename. An entry that is damaged is dropped
+when it is asked for, and compiled again. The place is `$BITILE_CACHE`, else `bitile` in `$XDG_CACHE_HOME`, else in
+`~/.cache`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from kernel_gen.kernels import KernelSpec
 
 ENTRY_VERSION = 1
 """Goes up when what an entry holds, or how its facts are read from the code, changes."""
+SCRATCH_PREFIX = ".scratch-"
+LEFTOVER_AGE_S = 3600.0
+"""No kernel compiles for an hour."""
 OBJECT_NAME = "kernel.o"
 ENTRY_NAME = "entry.json"
 
@@ -60,7 +66,9 @@ class KernelCache:
         )
 
     def put(self, artifact: Artifact) -> Artifact:
-        """Keep a compiled kernel; the artifact returned points at the cache's copy. Raises OSError when the disk is full."""
+        """Keep a compiled kernel; the artifact returned points at the cache's copy. Raises OSError when the disk is
+        full.
+        """
         folder = self._folder(artifact.spec)
         folder.parent.mkdir(parents=True, exist_ok=True)
         code_object = artifact.object_path.read_bytes()
@@ -70,7 +78,7 @@ class KernelCache:
             "code": dataclasses.asdict(artifact.code),
             "compile_seconds": artifact.compile_seconds,
         }
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=self.root) as scratch:
+        with self.scratch_dir() as scratch:
             new = Path(scratch, folder.name)
             new.mkdir()
             (new / OBJECT_NAME).write_bytes(code_object)
@@ -85,7 +93,14 @@ class KernelCache:
     def scratch_dir(self) -> tempfile.TemporaryDirectory[str]:
         """A folder on the cache's disk for a kernel that is being compiled."""
         self.root.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".compile-", dir=self.root)
+        return tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=self.root)
+
+    def remove_leftovers(self) -> None:
+        """Remove the scratch folders of builds that were killed; those of builds that may still run are left."""
+        for folder in self.root.glob(f"{SCRATCH_PREFIX}*"):
+            with contextlib.suppress(FileNotFoundError):  # its owner was faster
+                if time.time() - folder.stat().st_mtime > LEFTOVER_AGE_S:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, spec: KernelSpec) -> Path:
         content = f"{spec.fingerprint()}|{dsl_version()}|{spec.arch}|{ENTRY_VERSION}"

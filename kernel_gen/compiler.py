@@ -1,6 +1,7 @@
 """One kernel from its spec: an object file to link, with what its machine code shows, or a function to call at once.
 
-Compiling needs no GPU and no CUDA toolkit: the target is an option, so that one process compiles for every architecture.
+Compiling needs no GPU and no CUDA toolkit: the target is an option, so that one process compiles for every
+architecture.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class CompileError(BitileError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """One compiled kernel. `object_path` exports its entry under `spec.name`; `code` holds on every GPU of `spec.arch`."""
+    """One compiled kernel. `object_path` exports its entry as `spec.name`; `code` holds on every GPU of `spec.arch`."""
 
     spec: KernelSpec
     object_path: Path
@@ -54,8 +55,10 @@ def dsl_version() -> str:
 
 
 def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
-    """Compile `spec` and write `{spec.name}.o` into `out_dir`, an existing folder. CompileError when the compiler refuses it."""
-    with tempfile.TemporaryDirectory(prefix="bitile-") as scratch:
+    """Compile `spec` and write `{spec.name}.o` into `out_dir`, an existing folder. CompileError when the compiler
+    refuses it.
+    """
+    with tempfile.TemporaryDirectory(prefix=".dump-", dir=out_dir) as scratch:
         started = time.perf_counter()
         # Only wgmma can be serialised behind our back, and asking for ptxas's log compiles the kernel twice.
         with_log = spec.config.family is Family.WGMMA
@@ -71,7 +74,9 @@ def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
 
 
 def load_in_process(spec: KernelSpec) -> Callable[..., None]:
-    """Compile `spec` into this process, which has a GPU of `spec.arch`: the function takes the entry's arguments of ARCHITECTURE.md."""
+    """Compile `spec` into this process, which has a GPU of `spec.arch`: the function takes the entry's arguments of
+    ARCHITECTURE.md.
+    """
     function: Callable[..., None] = _compile(spec, "")
     return function
 

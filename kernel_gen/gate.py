@@ -1,7 +1,8 @@
 """The gate: what a kernel's machine code shows, and the reasons for which a build refuses a kernel.
 
-`inspect_cubin` reads the machine code with cuobjdump and nvdisasm; pip's wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm are enough.
-A refusal is data: `rejections` returns every reason with its numbers, and raises nothing.
+`inspect_cubin` reads the machine code with cuobjdump and nvdisasm; pip's wheels nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm are enough. A refusal is data: `rejections` returns every reason with its numbers, and raises
+nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from profiles.kernels import Family
 TOOL_SECONDS = 60.0
 """A disassembler that needs longer than this has hung: 0.2 s is usual."""
 
-# The instruction that each math must become. ptxas accepts more PTX than the hardware runs: where a tensor core lacks a type it emulates, and the code
-# then shows another instruction. Seen with ptxas 13.4, 2026-11: int4 on sm_90 and sm_120 becomes IMMA.16832.S8.S8 in a called function,
-# warp-level e4m3 on sm_90 becomes HMMA.16816.F32; on sm_89 both are native.
+# The instruction that each math must become. ptxas accepts more PTX than the hardware runs: where a tensor core lacks a
+# type it emulates, and the code then shows another instruction. Seen with ptxas 13.4, 2026-11: int4 on sm_90 and sm_120
+# becomes IMMA.16832.S8.S8 in a called function, warp-level e4m3 on sm_90 becomes HMMA.16816.F32; on sm_89 both are
+# native.
 MEANT_INSTRUCTION: dict[tuple[Family, Math], re.Pattern[str]] = {
     (Family.MMA, Math.BF16): re.compile(r"HMMA\.16816\.F32\.BF16"),
     (Family.MMA, Math.INT8): re.compile(r"IMMA\.16832\.S8\.S8"),
@@ -49,8 +51,9 @@ _LOCAL_WIDTH = re.compile(r"\.(128|64|U?S?16|U?S?8)\b")
 class CodeFacts:
     """What one kernel's machine code shows, whichever GPU of its architecture runs it.
 
-    `spill_bytes` counts the bytes that the code's local stores and loads move when each runs once per thread: 0 when nothing is spilled.
-    `mma_instructions` are the tensor-core opcodes found, sorted. `ptxas_warnings` are the C75xx lines (wgmma serialised, registers ran out).
+    `spill_bytes` counts the bytes that the code's local stores and loads move when each runs once per thread: 0 when
+    nothing is spilled. `mma_instructions` are the tensor-core opcodes found, sorted. `ptxas_warnings` are the C75xx
+    lines (wgmma serialised, registers ran out).
     """
 
     registers_per_thread: int
@@ -62,7 +65,9 @@ class CodeFacts:
 
 
 def inspect_cubin(cubin: Path, *, ptxas_log: str = "") -> CodeFacts:
-    """The facts of a cubin that holds one kernel. DataError when the tools cannot read it; UserError when a tool is not installed."""
+    """The facts of a cubin that holds one kernel. DataError when the tools cannot read it; UserError when a tool is not
+    installed.
+    """
     resources = _RESOURCES.findall(_run(find_tool("cuobjdump"), "--dump-resource-usage", cubin))
     if len(resources) != 1:
         raise DataError(f"{cubin.name} holds {len(resources)} kernels, not one")
@@ -79,7 +84,7 @@ def inspect_cubin(cubin: Path, *, ptxas_log: str = "") -> CodeFacts:
 
 
 def build_facts(code: CodeFacts, spec: KernelSpec, gpu: GpuSpec, *, compile_seconds: float) -> BuildFacts:
-    """The facts of a kernel on one GPU: the code's own, the launch's shared memory, and how many CTAs then fit an SM."""
+    """A kernel's facts on one GPU: the code's own, the launch's shared memory, and how many CTAs then fit an SM."""
     shared = code.static_smem_bytes + smem_bytes(spec.config, spec.schemes, spec.max_experts)
     threads = spec.config.num_threads
     resident = occupancy(gpu, registers_per_thread=code.registers_per_thread, num_threads=threads, smem_bytes=shared)
@@ -99,7 +104,8 @@ def build_facts(code: CodeFacts, spec: KernelSpec, gpu: GpuSpec, *, compile_seco
 def rejections(code: CodeFacts, spec: KernelSpec, gpu: GpuSpec) -> tuple[str, ...]:
     """Every reason, with numbers, for which this kernel must not run on `gpu`; empty when it may.
 
-    The limits are `kernel_gen.legality`'s, held against the compiler's numbers; what only the machine code can show is added here.
+    The limits are `kernel_gen.legality`'s, held against the compiler's numbers; what only the machine code can show is
+    added here.
     """
     facts = build_facts(code, spec, gpu, compile_seconds=0.0)
     found = list(legality.reasons(spec.config, spec.schemes, gpu, max_experts=spec.max_experts, facts=facts))
@@ -133,7 +139,9 @@ def _local_bytes(opcode: str) -> int:
 
 @functools.cache
 def find_tool(name: str) -> Path:
-    """Where one of NVIDIA's binary tools is: in pip's wheel, else on PATH. UserError, naming the wheel, when it is in neither."""
+    """Where one of NVIDIA's binary tools is: in pip's wheel, else on PATH. UserError, naming the wheel, when it is in
+    neither.
+    """
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations if spec and spec.submodule_search_locations else ():
         for path in sorted(Path(root).glob(f"*/bin/{name}"), reverse=True):

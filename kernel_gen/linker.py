@@ -1,7 +1,8 @@
 """Object files into one shared library, with pip's wheels alone.
 
-The linker is the machine's C compiler, or zig's from the wheel ziglang where there is none. Only the kernels' entries are exported: the DSL's static
-launch code and the static CUDA run time (wheel nvidia-cuda-runtime) stay inside, so that the library needs nothing but libc, the driver and a loaded tvm-ffi.
+The linker is the machine's C compiler, or zig's from the wheel ziglang where there is none. Only the kernels' entries
+are exported: the DSL's static launch code and the static CUDA run time (wheel nvidia-cuda-runtime) stay inside, so that
+the library needs nothing but libc, the driver and a loaded tvm-ffi.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class LinkError(BitileError):
 
 
 def link(objects: Sequence[Path], library: Path) -> None:
-    """Link `objects` into `library`. UserError when a wheel that linking needs is missing; LinkError when the linker fails."""
+    """Link `objects` into `library`. UserError when a wheel that linking needs is missing; LinkError when the linker
+    fails.
+    """
     statics = [
         _wheel_file(
             "nvidia_cutlass_dsl", f"{CUDA_MAJOR}/lib/libcuda_dialect_runtime_static.a", "nvidia-cutlass-dsl[cu13]"

@@ -1,6 +1,8 @@
-"""Compiling many kernels at once: processes that are reused, that share the machine's memory, and of which one may die without harm to the others.
+"""Compiling many kernels at once: processes that are reused, that share the machine's memory, and of which one may die
+without harm to the others.
 
-A finished kernel is in the cache before its result is reported, so that an interrupted build loses only the kernels in flight.
+A finished kernel is in the cache before its result is reported, so that an interrupted build loses only the kernels in
+flight.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ Outcome = Artifact | Failure
 
 
 def num_workers(num_kernels: int, jobs: int | None = None) -> int:
-    """Processes to compile with: no more than the cores this process may use, the free memory, the kernels, and `jobs` when it is given."""
+    """Processes to compile with: no more than the cores this process may use, the free memory, the kernels, and `jobs`
+    when it is given.
+    """
     by_memory = int(_available_bytes() // BYTES_PER_COMPILE)
     return max(1, min(len(os.sched_getaffinity(0)), by_memory, num_kernels, *([jobs] if jobs else [])))
 
@@ -55,15 +59,18 @@ def compile_all(
     jobs: int | None = None,
     limit_s: float = COMPILE_LIMIT_S,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-    compile_one: Callable[[KernelSpec, KernelCache], Outcome] | None = None,
+    work: Callable[[KernelSpec, KernelCache], Outcome] | None = None,
 ) -> list[Outcome]:
-    """Compile every spec into the cache. `on_outcome` is called in this process as each is done; the list is in the order of `specs`.
+    """Compile every spec into the cache. `on_outcome` is called in this process as each is done; the list is in the
+    order of `specs`.
 
-    A worker that dies, or needs longer than `limit_s` for one kernel, costs that kernel. KeyboardInterrupt stops the workers at once.
-    `compile_one` replaces what a worker does, in tests; it must be importable.
+    A worker that dies, or needs longer than `limit_s` for one kernel, costs that kernel. KeyboardInterrupt stops the
+    workers at once. `work` is what a worker does with a spec, `compile_into_cache` unless a test says otherwise; it
+    must be importable.
     """
     if not specs:
         return []
+    cache.remove_leftovers()
     outcomes: dict[int, Outcome] = {}
     pool = ProcessPool(
         max_workers=num_workers(len(specs), jobs),
@@ -72,9 +79,9 @@ def compile_all(
         initargs=(os.getpid(),),
     )
     try:
-        work = compile_one or compile_into_cache
         pending: dict[Future[Outcome], int] = {
-            pool.schedule(work, args=(spec, cache), timeout=limit_s): index for index, spec in enumerate(specs)
+            pool.schedule(work or compile_into_cache, args=(spec, cache), timeout=limit_s): index
+            for index, spec in enumerate(specs)
         }
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -109,7 +116,9 @@ def _outcome(future: Future[Outcome], spec: KernelSpec, limit_s: float) -> Outco
 
 
 def _start_worker(parent: int) -> None:
-    """In a new worker: end at once when asked to, even inside the compiler, and end when the build does, however it ends."""
+    """In a new worker: end at once when asked to, even inside the compiler, and end when the build does, however it
+    ends.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -117,7 +126,9 @@ def _start_worker(parent: int) -> None:
 
 
 def _available_bytes() -> int:
-    """Memory that new processes may take: the machine's or, in a container with a limit (cgroup v2), what that leaves, file cache not counted."""
+    """Memory that new processes may take: the machine's or, in a container with a limit (cgroup v2), what that leaves,
+    file cache not counted.
+    """
     available: int = psutil.virtual_memory().available
     limit = CGROUP / "memory.max"
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
