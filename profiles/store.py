@@ -89,9 +89,9 @@ class ProfileStore:
         """
         self.open()
         assert self._journal is not None
-        row = record.to_row()
-        table = tables.from_rows([row], f"{self.path}")
+        table = tables.from_rows([record.to_row()], f"{self.path}")
         tables.check(table, f"{self.path}: the new record", self.gpu)
+        row = tables.row_of(table, 0)
         key, outcome = record.key, tables.outcomes(table)[0]
         earlier = self._outcomes.get(key)
         if earlier is not None:
@@ -218,6 +218,8 @@ def _mask(table: pa.Table, name: str, wanted: object) -> pa.ChunkedArray:
     values = [_plain(value) for value in wanted] if several else [_plain(wanted)]  # type: ignore[attr-defined]
     column = table.column(name)
     if name == "schemes":
-        uniform = pc.equal(pc.list_value_length(column), 1)
-        return pc.and_(uniform, pc.is_in(pc.list_element(column, 0), pa.array(values, pa.string())))
-    return pc.is_in(column, pa.array(values, column.type))
+        column = pc.if_else(pc.equal(pc.list_value_length(column), 1), pc.list_element(column, 0), "")
+    try:
+        return pc.is_in(column, pa.array(values, column.type))
+    except (pa.ArrowException, TypeError) as error:
+        raise SpecError(f"profiles cannot be filtered by {name}={wanted!r}: {error}") from error

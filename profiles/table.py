@@ -73,7 +73,8 @@ def read_parquet(path: Path) -> pa.Table:
         DataError: unreadable, truncated, foreign, or of another schema version.
     """
     try:
-        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
         table.validate(full=True)
         names = table.column_names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

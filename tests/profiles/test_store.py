@@ -101,6 +101,8 @@ def test_a_query_takes_values_enums_and_collections(path: Path) -> None:
     assert numbers(schemes=parse("w4a16_g128_asym")) == numbers(schemes="w4a16_g128_asym") == [0, 2]
     assert numbers(schemes="w16a16") == []
     assert numbers(config=parse_config("mma_128x16_w8x1x1_s4_k1_at_o2"), status=[Status.OK], n=2048) == [0]
+    with pytest.raises(SpecError, match="cannot be filtered by n='many'"):
+        store.records(n="many")
     for name in ("latency", "tokens_per_expert"):
         with pytest.raises(SpecError, match=f"cannot be filtered by '{name}', only by gpu, model"):
             store.records(**{name: 1})
