@@ -4,19 +4,19 @@ Units: scheduler (which tile next), loads (global to shared memory), dequant (pa
 math), epilogue (accumulators to Y). `mma` wires them into the mma.sync family.
 """
 
+import importlib
 from typing import Any
 
-from kernel_gen.kernels.spec import KERNEL_ABI, MAX_SLOTS, KernelSpec, source_digest
+from kernel_gen.kernels.spec import ENTRY_MODULE, KERNEL_ABI, MAX_SLOTS, KernelSpec, source_digest
 from profiles.errors import UnsupportedError
-from profiles.kernels import Family
 
-__all__ = ["KERNEL_ABI", "MAX_SLOTS", "KernelSpec", "entry", "source_digest"]
+__all__ = ["ENTRY_MODULE", "KERNEL_ABI", "MAX_SLOTS", "KernelSpec", "entry", "source_digest"]
 
 
 def entry(spec: KernelSpec) -> tuple[Any, tuple[Any, ...]]:
     """(callable, fake arguments) for `cute.compile`. UnsupportedError for a family without kernels."""
-    if spec.config.family is not Family.MMA:
-        raise UnsupportedError(f"no kernels are generated for family {spec.config.family.value} yet")
-    from kernel_gen.kernels import mma
-
-    return mma.entry(spec)
+    family = spec.config.family
+    if family not in ENTRY_MODULE:
+        raise UnsupportedError(f"{spec.config.name}", [f"the {family.value} family is not generated yet"])
+    made: tuple[Any, tuple[Any, ...]] = importlib.import_module(ENTRY_MODULE[family]).entry(spec)
+    return made

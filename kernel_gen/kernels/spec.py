@@ -1,11 +1,12 @@
 """What one compiled kernel is: a configuration, the schemes of its slots, a target. Importable without CUTLASS."""
 
+import ast
 import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiles.kernels import KernelConfig
+from profiles.kernels import Family, KernelConfig
 from profiles.schemes import QuantScheme
 
 MAX_SLOTS = 4
@@ -41,15 +42,43 @@ class KernelSpec:
         return "bitile_" + hashlib.sha256(self.label.encode()).hexdigest()[:16]
 
     def fingerprint(self) -> str:
-        """Changes when the spec or any source that generates kernels changes."""
-        return hashlib.sha256(f"{self.label}|{source_digest()}".encode()).hexdigest()[:16]
+        """Changes when the spec or any source that decides its machine code changes."""
+        return hashlib.sha256(f"{self.label}|{source_digest(self.config.family)}".encode()).hexdigest()[:16]
+
+
+ENTRY_MODULE = {Family.MMA: "kernel_gen.kernels.mma"}
+"""Where each family's `entry` is; a family that is not here cannot be generated."""
 
 
 @functools.cache
-def source_digest() -> str:
-    """SHA-256 over the sources that decide what machine code a spec becomes."""
-    here = Path(__file__).parent
+def source_digest(family: Family) -> str:
+    """SHA-256 over the sources that decide what machine code a family's specs become: its entry module and all of kernel_gen it imports."""
     digest = hashlib.sha256(str(KERNEL_ABI).encode())
-    for path in sorted([*here.glob("*.py"), here.parent / "layouts.py", here.parent / "smem.py"]):
-        digest.update(path.name.encode() + path.read_bytes())
+    for module in sorted(_closure(ENTRY_MODULE[family]) - {__name__}):  # this module only describes: the label stands for it
+        digest.update(module.encode() + _source(module).read_bytes())
     return digest.hexdigest()
+
+
+def _closure(module: str) -> set[str]:
+    """The module and every module of kernel_gen that it imports, directly or not, read from the sources: nothing is executed."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(_source(name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kernel_gen"):
+                waiting += [full for alias in node.names if _is_module(full := f"{node.module}.{alias.name}")]
+                waiting += [node.module] if _is_module(node.module) else []
+    return found
+
+
+def _source(module: str) -> Path:
+    return Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+
+
+def _is_module(name: str) -> bool:
+    """Whether this is a module of its own; a package's __init__ only re-exports."""
+    return _source(name).is_file()
