@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernel_gen.formats.weights import E4M3_MAX, MIN_SCALE
+from kernel_gen.formats.weights import E4M3_MAX, MIN_SCALE, quotient
 from kernel_gen.layouts import X_K_MULTIPLE, ActivationKind, activation_kind, round_up
 from profiles.errors import SpecError
 from profiles.schemes import QuantScheme
@@ -54,7 +54,7 @@ def quantize_activations(x: Tensor, scheme: QuantScheme) -> QuantizedActivations
     group_size = X_K_MULTIPLE[kind] if kind is ActivationKind.INT4_GROUP else values.shape[1]
     groups = values.view(x.shape[0], values.shape[1] // group_size, group_size)
     limit = _LARGEST_CODE[kind]
-    scales = (groups.abs().amax(dim=-1) / limit).clamp_(min=MIN_SCALE)
+    scales = quotient(groups.abs().amax(dim=-1), limit).clamp_(min=MIN_SCALE)
     steps = (groups / scales.unsqueeze(-1)).clamp_(-limit, limit).flatten(1)
     if kind is ActivationKind.E4M3:
         codes = steps.to(torch.float8_e4m3fn)

@@ -92,6 +92,11 @@ def dequantize(weights: QuantizedWeights) -> Tensor:
     return values.clamp_(-_FLOAT32_MAX, _FLOAT32_MAX).flatten(2)[..., :k]
 
 
+def quotient(values: Tensor, divisor: float) -> Tensor:
+    """values / divisor, rounded once on every device: by a plain number, CUDA multiplies by a rounded reciprocal."""
+    return values / torch.full_like(values, divisor)
+
+
 def _quantize(stack: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(codes, scales, zeros) of finite weights [E, N, K]."""
     spec = scheme.weights
@@ -109,10 +114,10 @@ def _quantize_int(stack: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tenso
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     num_steps = (1 << spec.num_bits) - 1
     if spec.symmetric:
-        exact = torch.maximum(-low, high) / (num_steps >> 1)
+        exact = quotient(torch.maximum(-low, high), num_steps >> 1)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        exact = high / num_steps - low / num_steps  # the difference first could overflow
+        exact = quotient(high, num_steps) - quotient(low, num_steps)  # the difference first could overflow
     stored_type = torch.float32 if spec.group_size is None else torch.bfloat16
     scales = exact.clamp(MIN_SCALE, torch.finfo(stored_type).max).to(stored_type)
     used = scales.float()
@@ -124,9 +129,8 @@ def _quantize_int(stack: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tenso
 
 
 def _quantize_e4m3(stack: Tensor) -> tuple[Tensor, Tensor, None]:
-    scales = (torch.maximum(-stack.amin(dim=-1, keepdim=True), stack.amax(dim=-1, keepdim=True)) / E4M3_MAX).clamp_(
-        MIN_SCALE
-    )
+    largest = torch.maximum(-stack.amin(dim=-1, keepdim=True), stack.amax(dim=-1, keepdim=True))
+    scales = quotient(largest, E4M3_MAX).clamp_(MIN_SCALE)
     # Past 464 the cast gives NaN, and a rounded quotient may pass 448.
     return (stack / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales, None
 

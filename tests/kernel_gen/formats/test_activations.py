@@ -119,3 +119,14 @@ def test_tokens_do_not_depend_on_each_other(kind):
 def test_what_is_no_token_matrix_is_refused(x):
     with pytest.raises(SpecError, match="activations are floats"):
         quantize_activations(x, parse("w8a8_g-1_sym"))
+
+
+@pytest.mark.gpu
+@EACH
+def test_a_gpu_gives_the_same_tokens(kind):
+    scheme = parse(NAMES[kind])
+    x = tokens(50, 300, 5)
+    here, there = quantize_activations(x, scheme), quantize_activations(x.cuda(), scheme)
+    assert torch.equal(here.codes.view(torch.uint8), there.codes.cpu().view(torch.uint8))
+    assert here.scales is None or torch.equal(here.scales, there.scales.cpu())
+    assert torch.equal(dequantize_activations(here), dequantize_activations(there).cpu())
