@@ -148,5 +148,19 @@ def test_links_in_documents_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def python_blocks(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_the_readmes_python_runs_without_torch(number: int) -> None:
+    blocks = python_blocks(ROOT / "README.md")
+    assert len(blocks) == 2
+    program = IMPORT_WITHOUT.format(module="sys", missing={"torch", "cutlass"}) + blocks[number]
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
 def test_the_readme_begins_with_the_two_commands() -> None:
     assert list(shell_lines(ROOT / "README.md"))[:2] == ["make sweep", "make test"]
