@@ -128,8 +128,8 @@ _L40S = GpuSpec(
     tensor_tops={Math.BF16: 362.05, Math.INT8: 733.0, Math.E4M3: 733.0, Math.INT4: 1466.0},
     sources=(
         "NVIDIA L40S data sheet, dense figures",
-        "NVIDIA Ada GPU Architecture white paper: AD102's L2 cache and SM, and int4 at twice the rate of int8, as the L40"
-        " data sheet has it too; the L40S data sheet repeats the rate of int8",
+        "NVIDIA Ada GPU Architecture white paper: AD102's L2 cache and SM, and int4 at twice the rate of int8, as in"
+        " the L40 data sheet; the L40S data sheet repeats the rate of int8",
         CUDA_GUIDE,
     ),
 )
