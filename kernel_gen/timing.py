@@ -2,18 +2,19 @@
 
 How a latency is taken (:func:`time_launches`):
 
-* The launch is captured in a CUDA graph once per set of weights, the sets in turn, so that by the time a set comes round again the others have
-  pushed it out of L2: weights always come from DRAM, as they do in a model with more than one layer. Activations are small and stay where the
-  launch before left them, as in a model.
-* A sample is one replay of that graph divided by the launches in it, between two CUDA events; a graph holds enough launches that a replay takes
-  at least :data:`MIN_REPLAY_US`, so that the events' resolution (0.5 us) is below 0.1 %.
-* Samples are taken in batches. Between batches a fixed bf16 GEMM runs; its median over what it took when the GPU was calm is recorded as
-  ``reference_ratio``: above 1, the clocks fell (heat, power cap) while this candidate was timed.
+* The launch is captured in a CUDA graph once per set of weights, the sets in turn, so that by the time a set comes
+  round again the others have pushed it out of L2: weights always come from DRAM, as they do in a model with more than
+  one layer. Activations are small and stay where the launch before left them, as in a model.
+* A sample is one replay of that graph divided by the launches in it, between two CUDA events; a graph holds enough
+  launches that a replay takes at least :data:`MIN_REPLAY_US`, so that the events' resolution (0.5 us) is below 0.1 %.
+* Samples are taken in batches. Between batches a fixed bf16 GEMM runs; its median over what it took when the GPU was
+  calm is recorded as ``reference_ratio``: above 1, the clocks fell (heat, power cap) while this candidate was timed.
 * Sampling stops by rule, not by hope: see :class:`SampleRule`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 MIN_REPLAY_US = 400.0
 MAX_LAUNCHES_PER_GRAPH = 128
-_REFERENCE_SIZE = 4096  # a bf16 GEMM of this side: 0.2 ms on an H200, 0.9 ms on an RTX 4090; long enough to feel the power cap
+_REFERENCE_SIZE = (
+    4096  # a bf16 GEMM of this side: 0.2 ms on an H200, 0.9 ms on an RTX 4090; long enough to feel the power cap
+)
 
 
 def monotonic_s() -> float:
@@ -42,10 +45,12 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRule:
-    """When there are enough samples: at least `min_samples`, then until the standard error of the median is at most `target` of it, or `max_samples`.
+    """When there are enough samples: at least `min_samples`, then until the standard error of the median is at most
+    `target` of it, or `max_samples`.
 
-    The standard error of a median is 1.2533 sigma / sqrt(n) for a normal distribution (Kenney and Keeping, Mathematics of Statistics, 1951), and
-    sigma is read off the 20th and 80th percentiles, 1.683 sigma apart, so that a few disturbed samples do not prolong the run.
+    The standard error of a median is 1.2533 sigma / sqrt(n) for a normal distribution (Kenney and Keeping, Mathematics
+    of Statistics, 1951), and sigma is read off the 20th and 80th percentiles, 1.683 sigma apart, so that a few
+    disturbed samples do not prolong the run.
     """
 
     min_samples: int = 20
@@ -65,7 +70,9 @@ class SampleRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """One launch's latency, microseconds, over `num_samples` samples, with the SM clock seen meanwhile and the reference's slowdown."""
+    """One launch's latency, microseconds, over `num_samples` samples, with the SM clock seen meanwhile and the
+    reference's slowdown.
+    """
 
     median_us: float
     p20_us: float
@@ -76,14 +83,18 @@ class Timing:
 
 
 def percentiles_us(samples_us: Sequence[float]) -> tuple[float, float, float]:
-    """(20th percentile, median, 80th percentile) of at least one sample; nearest rank, so that each is a value that occurred or a mean of two."""
+    """(20th percentile, median, 80th percentile) of at least one sample; nearest rank, so that each is a value that
+    occurred or a mean of two.
+    """
     ordered = sorted(samples_us)
     last = len(ordered) - 1
     return ordered[round(0.2 * last)], statistics.median(ordered), ordered[round(0.8 * last)]
 
 
 def launches_per_graph(launch_us: float, rotations: int) -> int:
-    """How many launches one graph holds: whole turns of the weight sets, at least one, enough for :data:`MIN_REPLAY_US`."""
+    """How many launches one graph holds: whole turns of the weight sets, at least one, enough for
+    :data:`MIN_REPLAY_US`.
+    """
     wanted = min(MAX_LAUNCHES_PER_GRAPH, math.ceil(MIN_REPLAY_US / max(launch_us, 0.1)))
     return rotations * max(1, math.ceil(wanted / rotations))
 
@@ -107,7 +118,8 @@ class GpuClock:
         return float(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
 
     def time_launches(self, launches: Sequence[Callable[[], None]], rule: SampleRule) -> Timing:
-        """The latency of `launches`, one callable per set of weights, each launching the same kernel on torch's current stream.
+        """The latency of `launches`, one callable per set of weights, each launching the same kernel on torch's current
+        stream.
 
         Raises what torch raises when a launch fails (torch.AcceleratorError).
         """
@@ -147,21 +159,23 @@ class GpuClock:
         """`replays` replays queued at once, their times in microseconds, and the SM clock while they ran."""
         import torch
 
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
         events[0].record()
         for event in events[1:]:
             graph.replay()
             event.record()
         clock = self.sm_clock_mhz()
         events[-1].synchronize()
-        return [1e3 * a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], clock
+        return [1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(events)], clock
 
     def _replay_us(self, graph: torch.cuda.CUDAGraph) -> float:
         return self._batch(graph, 1)[0][0]
 
 
 def _capture_reference() -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
-    """The reference kernel as a graph (a bf16 GEMM by torch, none of ours, so that it outlasts our releases) and the tensors it must keep alive."""
+    """The reference kernel as a graph (a bf16 GEMM by torch, none of ours, so that it outlasts our releases) and the
+    tensors it must keep alive.
+    """
     import torch
 
     a = torch.randn(_REFERENCE_SIZE, _REFERENCE_SIZE, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,6 @@
-"""The command line of `python -m kernel_gen.sweep`, and the request it describes. Whatever cannot be raises a UserError that says what to do."""
+"""The command line of `python -m kernel_gen.sweep`, and the request it describes. Whatever cannot be raises a UserError
+that says what to do.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from pathlib import Path
 
 from kernel_gen.bundle import Bundle, load_bundle
 from kernel_gen.space import Effort
-from kernel_gen.sweeping.plan import DEFAULT_LINEARS, DEFAULT_TOKENS, LINEARS, Backend, Mix, SweepRequest, default_schemes
+from kernel_gen.sweeping.plan import (
+    DEFAULT_LINEARS,
+    DEFAULT_TOKENS,
+    LINEARS,
+    Backend,
+    Mix,
+    SweepRequest,
+    default_schemes,
+)
 from profiles import gpus, models, schemes
 from profiles.errors import DataError, SpecError
 from profiles.gpus import GpuSpec
@@ -26,7 +36,8 @@ examples:
   python -m kernel_gen.sweep --gpu rtx4090 --model ./my-model/config.json --load zipf --tokens 16,512 \\
       --schemes w4a16_g128_sym,w8a8_g-1_sym --mixed w4a16_g128_sym:0.75+w8a8_g-1_sym:0.25
 
-  # Measure kernels that were built elsewhere, with the loads of a real trace; the same command again continues where it was stopped.
+  # Measure kernels that were built elsewhere, with the loads of a real trace.
+  # The same command again continues where it was stopped.
   python -m kernel_gen.sweep --gpu h200 --backend cuda --bundle ./bundle --load trace.json --out h200.parquet
 
 exit status: 0 done, 2 a mistake that you can mend (one sentence on stderr), 130 interrupted (finished rows are kept).
@@ -48,43 +59,106 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser; `--help` is the reference of every option."""
     made = argparse.ArgumentParser(
         prog="python -m kernel_gen.sweep",
-        description="Find the fastest kernel configuration per precision scheme and token load of an MoE model on a GPU, by measuring or predicting.",
+        description="Find the fastest kernel configuration per precision scheme and token load of an MoE model on a GPU"
+        ", by measuring or predicting.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = made.add_argument_group("what to sweep")
     what.add_argument("--gpu", required=True, help=f"the GPU: {', '.join(gpus.GPUS)}")
     what.add_argument(
-        "--model", action="extend", nargs="+", metavar="NAME|PATH", help="models by name, or a Hugging Face config.json (default: qwen1.5-moe-a2.7b)"
+        "--model",
+        action="extend",
+        nargs="+",
+        metavar="NAME|PATH",
+        help="models by name, or a Hugging Face config.json (default: qwen1.5-moe-a2.7b)",
     )
-    what.add_argument("--linear", action="extend", nargs="+", metavar="LINEAR", help=f"of {', '.join(LINEARS)} (default: {', '.join(DEFAULT_LINEARS)})")
-    what.add_argument("--tokens", action="extend", nargs="+", metavar="N", help="batch sizes in tokens, such as 1,16,512 (default: by --effort)")
-    what.add_argument("--load", action="extend", nargs="+", metavar="LOAD", help=f"of {', '.join(GENERATORS)}, or traces (.json, .parquet) (default: uniform)")
-    what.add_argument("--seed", type=int, default=0, help="of generated loads and mixes (default: 0)")
-    what.add_argument("--schemes", action="extend", nargs="+", metavar="SCHEME", help="such as w4a16_g128_sym,w8a8_g-1_sym (default: all that have kernels)")
     what.add_argument(
-        "--mixed", action="extend", nargs="+", metavar="MIX", help="several schemes in one launch, SCHEME[:SHARE]+SCHEME[:SHARE]..., shares of the experts"
+        "--linear",
+        action="extend",
+        nargs="+",
+        metavar="LINEAR",
+        help=f"of {', '.join(LINEARS)} (default: {', '.join(DEFAULT_LINEARS)})",
+    )
+    what.add_argument(
+        "--tokens",
+        action="extend",
+        nargs="+",
+        metavar="N",
+        help="batch sizes in tokens, such as 1,16,512 (default: by --effort)",
+    )
+    what.add_argument(
+        "--load",
+        action="extend",
+        nargs="+",
+        metavar="LOAD",
+        help=f"of {', '.join(GENERATORS)}, or traces (.json, .parquet) (default: uniform)",
+    )
+    what.add_argument("--seed", type=int, default=0, help="of generated loads and mixes (default: 0)")
+    what.add_argument(
+        "--schemes",
+        action="extend",
+        nargs="+",
+        metavar="SCHEME",
+        help="such as w4a16_g128_sym,w8a8_g-1_sym (default: all that have kernels)",
+    )
+    what.add_argument(
+        "--mixed",
+        action="extend",
+        nargs="+",
+        metavar="MIX",
+        help="several schemes in one launch, SCHEME[:SHARE]+SCHEME[:SHARE]..., shares of the experts",
     )
     how = made.add_argument_group("how")
-    how.add_argument("--effort", choices=[effort.value for effort in Effort], default=Effort.QUICK.value, help="how many configurations (default: quick)")
     how.add_argument(
-        "--backend", choices=[backend.value for backend in Backend], default=Backend.AUTO.value, help="auto measures where the GPU is, else predicts (default)"
+        "--effort",
+        choices=[effort.value for effort in Effort],
+        default=Effort.QUICK.value,
+        help="how many configurations (default: quick)",
     )
-    how.add_argument("--bundle", type=Path, metavar="DIR", help="kernels made by python -m kernel_gen.build, instead of compiling here")
-    how.add_argument("--time-limit", type=float, default=30.0, metavar="S", help="seconds for one candidate; one that takes longer is recorded as timeout (default: 30)")
-    how.add_argument("--ray", metavar="ADDRESS", help="spread the work over a Ray cluster, such as auto or 10.0.0.1:6379")
+    how.add_argument(
+        "--backend",
+        choices=[backend.value for backend in Backend],
+        default=Backend.AUTO.value,
+        help="auto measures where the GPU is, else predicts (default)",
+    )
+    how.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="kernels made by python -m kernel_gen.build, instead of compiling here",
+    )
+    how.add_argument(
+        "--time-limit",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds for one candidate; one that takes longer is recorded as timeout (default: 30)",
+    )
+    how.add_argument(
+        "--ray", metavar="ADDRESS", help="spread the work over a Ray cluster, such as auto or 10.0.0.1:6379"
+    )
     out = made.add_argument_group("output")
     out.add_argument(
-        "--out", type=Path, metavar="PATH", help="the profile: a .parquet file, or a folder to put profile.parquet in (default: sweep-GPU.parquet)."
-        " A profile that is there is continued; the heat map lies beside it"
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="the profile: a .parquet file, or a folder to put profile.parquet in (default: sweep-GPU.parquet)."
+        " A profile that is there is continued; the heat map lies beside it",
     )
-    out.add_argument("--json", action="store_true", help="the result as JSON on stdout, nothing but mistakes and plain progress on stderr")
+    out.add_argument(
+        "--json",
+        action="store_true",
+        help="the result as JSON on stdout, nothing but mistakes and plain progress on stderr",
+    )
     out.add_argument("--explain", action="store_true", help="say why configurations were rejected")
     return made
 
 
 def parse(argv: Sequence[str] | None) -> Options:
-    """The options of a command line. SpecError or DataError for what cannot be; argparse itself exits with 2 on unknown options."""
+    """The options of a command line. SpecError or DataError for what cannot be; argparse itself exits with 2 on unknown
+    options.
+    """
     given = parser().parse_args(argv)
     gpu = gpus.gpu(given.gpu)
     bundle = _bundle(given.bundle, gpu)
@@ -97,7 +171,9 @@ def parse(argv: Sequence[str] | None) -> Options:
     named = tuple(dict.fromkeys(schemes.parse(name) for name in _split(given.schemes)))
     request = SweepRequest(
         gpu=gpu,
-        models=tuple({shape.name: shape for shape in map(models.find_model, given.model or ["qwen1.5-moe-a2.7b"])}.values()),
+        models=tuple(
+            {shape.name: shape for shape in map(models.find_model, given.model or ["qwen1.5-moe-a2.7b"])}.values()
+        ),
         linears=_linears(given.linear),
         tokens=tuple(sorted({_tokens(text) for text in _split(given.tokens)})) or DEFAULT_TOKENS[effort],
         loads=tuple(dict.fromkeys(_load(text) for text in _split(given.load))) or ("uniform",),
@@ -109,7 +185,13 @@ def parse(argv: Sequence[str] | None) -> Options:
         bundle=bundle,
         limit_s=given.time_limit,
     )
-    return Options(request=request, backend=Backend(given.backend), as_json=given.json, explain=given.explain, ray_address=given.ray)
+    return Options(
+        request=request,
+        backend=Backend(given.backend),
+        as_json=given.json,
+        explain=given.explain,
+        ray_address=given.ray,
+    )
 
 
 def _split(texts: Sequence[str] | None) -> list[str]:
@@ -122,7 +204,10 @@ def _bundle(path: Path | None, gpu: GpuSpec) -> Bundle | None:
         return None
     bundle = load_bundle(path)
     if bundle.gpu.name != gpu.name:
-        raise DataError(f"{path} was built for {bundle.gpu.name} ({bundle.gpu.arch}), not {gpu.name} ({gpu.arch}): build one with --gpu {gpu.name}")
+        raise DataError(
+            f"{path} was built for {bundle.gpu.name} ({bundle.gpu.arch}), not {gpu.name} ({gpu.arch}):"
+            f" build one with --gpu {gpu.name}"
+        )
     return bundle
 
 
@@ -142,7 +227,9 @@ def _tokens(text: str) -> int:
 
 def _load(text: str) -> str:
     if text not in GENERATORS and not Path(text).is_file():
-        raise SpecError(f"unknown load {text!r}: known are {', '.join(GENERATORS)}, or the path of a trace; there is no such file")
+        raise SpecError(
+            f"unknown load {text!r}: known are {', '.join(GENERATORS)}, or the path of a trace; there is no such file"
+        )
     return text
 
 

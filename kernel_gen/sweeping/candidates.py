@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from costmodel.facts import BuildFacts
@@ -54,12 +54,20 @@ class Candidate:
 
     def spec(self, gpu: GpuSpec) -> KernelSpec:
         """The kernel that it runs."""
-        return KernelSpec(config=self.config, schemes=self.workload.slots, arch=gpu.arch, max_experts=self.workload.max_experts)
+        return KernelSpec(
+            config=self.config, schemes=self.workload.slots, arch=gpu.arch, max_experts=self.workload.max_experts
+        )
 
     def launch(self, facts: BuildFacts) -> Launch:
         """The launch as the analytic model takes it."""
         work = self.workload
-        return Launch(shape=GemmShape(m=self.load.total, n=work.n, k=work.k), load=self.load, schemes=work.schemes, config=self.config, facts=facts)
+        return Launch(
+            shape=GemmShape(m=self.load.total, n=work.n, k=work.k),
+            load=self.load,
+            schemes=work.schemes,
+            config=self.config,
+            facts=facts,
+        )
 
     def key(self, *, gpu: str, source: Source, kernel_fingerprint: str) -> str:
         """What its row is found by; see `profiles.records.candidate_key`."""
@@ -109,8 +117,8 @@ class Candidate:
 class Measurement:
     """How one candidate went. Latencies are microseconds, present when `status` is OK.
 
-    `context_lost`: the process that measured it can measure nothing more. `versions` is provenance to keep with the row: libraries, and the
-    reference kernel's slowdown while this was timed.
+    `context_lost`: the process that measured it can measure nothing more. `versions` is provenance to keep with the
+    row: libraries, and the reference kernel's slowdown while this was timed.
     """
 
     status: Status
@@ -124,6 +132,15 @@ class Measurement:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def failed(cls, status: Status, error: str, *, context_lost: bool = False) -> Measurement:
+    def failed(
+        cls, status: Status, error: str, *, context_lost: bool = False, versions: Mapping[str, str] | None = None
+    ) -> Measurement:
         """A candidate without a latency, and in which words."""
-        return cls(status=status, error=error, context_lost=context_lost)
+        return cls(status=status, error=error, context_lost=context_lost, versions=versions or {})
+
+
+def runs(schemes: Sequence[QuantScheme], max_experts: int, workload: Workload) -> bool:
+    """Whether a kernel with these slots is built for the workload: the same schemes, whatever their order, and room for
+    its experts.
+    """
+    return set(schemes) == set(workload.slots) and max_experts >= workload.num_experts

@@ -13,7 +13,9 @@ from profiles.gpus import GpuSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstalledGpu:
-    """One GPU of this machine: its name and UUID as the driver gives them, its compute capability, its SMs, the driver's version."""
+    """One GPU of this machine: its name and UUID as the driver gives them, its compute capability, its SMs, the
+    driver's version.
+    """
 
     name: str
     uuid: str
@@ -25,17 +27,25 @@ def installed_gpus() -> tuple[InstalledGpu, ...]:
     """The GPUs that CUDA would show to this process, in its order; empty where there is no NVIDIA driver."""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no library, no driver, no device, no permission: in each case nothing here can run a kernel
+    except (
+        pynvml.NVMLError
+    ):  # no library, no driver, no device, no permission: in each case nothing here can run a kernel
         return ()
     try:
-        return _visible(tuple(_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return _visible(
+            tuple(_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())), os.environ.get("CUDA_VISIBLE_DEVICES")
+        )
     finally:
         pynvml.nvmlShutdown()
 
 
 def matching_gpus(spec: GpuSpec, installed: Sequence[InstalledGpu]) -> tuple[InstalledGpu, ...]:
-    """Those of `installed` that are `spec`: the same compute capability, and every word of the name, so that an H100 is not taken for an H200."""
-    return tuple(gpu for gpu in installed if gpu.compute_capability == spec.compute_capability and _is_named(spec, gpu.name))
+    """Those of `installed` that are `spec`: the same compute capability, and every word of the name, so that an H100 is
+    not taken for an H200.
+    """
+    return tuple(
+        gpu for gpu in installed if gpu.compute_capability == spec.compute_capability and _is_named(spec, gpu.name)
+    )
 
 
 def describe(installed: Sequence[InstalledGpu]) -> str:
@@ -55,7 +65,9 @@ def _gpu(index: int) -> InstalledGpu:
 
 
 def _visible(gpus: tuple[InstalledGpu, ...], listed: str | None) -> tuple[InstalledGpu, ...]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does: indices or UUID prefixes, in that order, ending at the first that names nothing."""
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does: indices or UUID prefixes, in that order, ending at the first that names
+    nothing.
+    """
     if listed is None:
         return gpus
     chosen: list[InstalledGpu] = []
@@ -68,10 +80,11 @@ def _visible(gpus: tuple[InstalledGpu, ...], listed: str | None) -> tuple[Instal
 
 
 def _is_named(spec: GpuSpec, driver_name: str) -> bool:
-    """Whether "rtx4090" is "NVIDIA GeForce RTX 4090": the name, without spaces and marks, stands in the driver's, and ends where a word ends.
+    """Whether "rtx4090" is "NVIDIA GeForce RTX 4090": the name, without spaces and marks, stands in the driver's, and
+    ends where a word ends.
 
-    "l40s" must not match "L40", nor "rtx4090" an "RTX 4090 D" or "RTX 4090 Laptop GPU", which have fewer SMs. Suffixes that change memory or
-    form factor only ("HBM3", "80GB", "PCIE", "SXM4-40GB") are allowed.
+    "l40s" must not match "L40", nor "rtx4090" an "RTX 4090 D" or "RTX 4090 Laptop GPU", which have fewer SMs. Suffixes
+    that change memory or form factor only ("HBM3", "80GB", "PCIE", "SXM4-40GB") are allowed.
     """
     words = driver_name.lower().replace("-", " ").split()
     wanted = spec.name.lower()

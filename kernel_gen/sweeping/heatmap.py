@@ -1,4 +1,4 @@
-"""The heat map of a sweep: schemes by token counts, each cell the best latency, coloured by the speed-up over w16a16."""
+"""The heat map of a sweep: schemes by token counts, cells the best latency, coloured by the speed-up over w16a16."""
 
 from __future__ import annotations
 
@@ -15,27 +15,43 @@ from matplotlib.figure import Figure
 from kernel_gen.sweeping.report import Cell, panels
 
 BASELINE = "w16a16"
-SPEEDUP_RANGE = (0.25, 4.0)
+SPEEDUP_RANGE = (0.125, 8.0)
 """Colours saturate here, so that pictures of different sweeps compare; the numbers in the cells do not."""
+
+MAX_PANELS = 16
+"""A trace of every layer has more than a picture can show."""
 
 
 def draw(cells: Sequence[Cell], *, title: str, path: Path) -> None:
     """Write the picture of `cells` to `path` as PNG, atomically: a panel per model, linear and load, under `title`.
 
-    With w16a16 among the schemes the colour is the speed-up over it, else the latency. OSError when the path cannot be written.
+    With w16a16 among the schemes the colour is the speed-up over it, else the latency. OSError when the path cannot be
+    written.
     """
-    groups = panels(cells)
+    everything = panels(cells)
+    groups = everything[:MAX_PANELS]
     widest = max(len({cell.tokens for cell in panel}) for panel in groups)
     tallest = max(len({cell.scheme for cell in panel}) for panel in groups)
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(columns * (2.6 + 0.82 * widest), 0.7 + rows * (1.5 + 0.38 * tallest)), layout="constrained", dpi=130)
+    figure = Figure(
+        figsize=(columns * (2.6 + 0.82 * widest), 0.7 + rows * (1.5 + 0.38 * tallest)), layout="constrained", dpi=130
+    )
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, panel in zip(axes, groups, strict=False):
         _panel(figure, axis, panel)
     for axis in list(axes)[len(groups) :]:
         axis.set_axis_off()
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    left_out = f"; {len(everything) - len(groups)} more panels in the tables" if len(everything) > len(groups) else ""
+    figure.suptitle(f"{title}\n", fontsize=12, fontweight="bold")
+    figure.text(
+        0.5,
+        0.995,
+        f"\n\ncells: best latency in us, and the speed-up over {BASELINE} where it was swept{left_out}",
+        ha="center",
+        va="top",
+        fontsize=8,
+    )
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(partial, format="png")
     partial.replace(path)
@@ -53,24 +69,28 @@ def _panel(figure: Figure, axis: Axes, panel: Sequence[Cell]) -> None:
     image = axis.imshow(values, cmap=colours, norm=norm, aspect="auto")
     for row, column in np.ndindex(*values.shape):
         if np.isfinite(values[row, column]):
-            text = _cell_text(latency_us[row, column], values[row, column] if relative else None)
-            axis.text(column, row, text, ha="center", va="center", fontsize=7, color=_ink(colours(norm(values[row, column]))))
+            text = _cell_text(float(latency_us[row, column]), float(values[row, column]) if relative else None)
+            axis.text(
+                column, row, text, ha="center", va="center", fontsize=7, color=_ink(colours(norm(values[row, column])))
+            )
     axis.set_xticks(range(len(tokens)), [str(count) for count in tokens])
     axis.set_yticks(range(len(schemes)), schemes, fontfamily="monospace", fontsize=8)
     axis.set_xlabel("tokens in the batch")
     model, linear, load = panel[0].panel
     axis.set_title(f"{model}, {linear}, {load} load", fontsize=10)
-    label = f"speed-up over {BASELINE} (cells: latency in us, speed-up)" if relative else "best latency, us"
+    label = f"speed-up over {BASELINE}" if relative else "best latency, us"
     bar = figure.colorbar(image, ax=axis, label=label, pad=0.015)
     if relative:
-        ticks = (0.25, 0.5, 1.0, 2.0, 4.0)
+        ticks = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
         bar.set_ticks(list(ticks), labels=[f"{tick:g}x" for tick in ticks])
         bar.minorticks_off()
 
 
 def _scale(values: np.ndarray, relative: bool) -> tuple[Colormap, Normalize]:
     if relative:
-        return matplotlib.colormaps["PuOr"], LogNorm(*SPEEDUP_RANGE, clip=True)  # orange slower, purple faster: told apart by the colour-blind
+        return matplotlib.colormaps["PuOr"], LogNorm(
+            *SPEEDUP_RANGE, clip=True
+        )  # orange slower, purple faster: told apart by the colour-blind
     return matplotlib.colormaps["viridis_r"], LogNorm(float(np.nanmin(values)), float(np.nanmax(values)) * 1.001)
 
 

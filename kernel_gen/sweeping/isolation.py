@@ -1,7 +1,9 @@
-"""Candidates run in worker processes, so that one that hangs, crashes or corrupts its CUDA context costs a process, not the sweep.
+"""Candidates run in worker processes, so that one that hangs, crashes or corrupts its CUDA context costs a process, not
+the sweep.
 
-One persistent worker per GPU, started by spawn (a CUDA context does not survive fork), fed one candidate at a time over a pipe. The parent is one
-thread that waits for messages, for deaths and for deadlines; it kills and restarts. A worker that loses its parent ends by itself.
+One persistent worker per GPU, started by spawn (a CUDA context does not survive fork), fed one candidate at a time over
+a pipe. The parent is one thread that waits for messages, for deaths and for deadlines; it kills and restarts. A worker
+that loses its parent ends by itself.
 """
 
 from __future__ import annotations
@@ -22,9 +24,13 @@ from kernel_gen.timing import monotonic_s
 from profiles.records import Status
 
 START_LIMIT_S = 180.0
-"""Importing torch, opening CUDA and timing the calm reference: seconds on a good disk, a minute or more on a cold network one."""
+"""Importing torch, opening CUDA and timing the calm reference: seconds on a good disk, a minute or more on a cold
+network one.
+"""
 PREPARE_FACTOR = 10.0
-"""Making a workload's inputs may take this many times the limit of a candidate: a large model's weights are quantised there."""
+"""Making a workload's inputs may take this many times the limit of a candidate: a large model's weights are quantised
+there.
+"""
 
 
 class Device(Protocol):
@@ -34,13 +40,16 @@ class Device(Protocol):
         """Make ready what every candidate of `candidate.workload` shares; cheap when it is ready already."""
 
     def measure(self, candidate: Candidate) -> Measurement:
-        """Run one candidate. Failures of the candidate are returned; an exception is a programming error and ends the sweep."""
+        """Run one candidate. Failures of the candidate are returned; an exception is a programming error and ends the
+        sweep.
+        """
 
 
 class DeviceFactory(Protocol):
     """Opens a device inside the worker; pickled to get there."""
 
-    def __call__(self) -> Device: ...
+    def __call__(self) -> Device:
+        """The device, ready to prepare and measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +74,12 @@ class WorkerError(RuntimeError):
 
 
 def serve(connection: Connection, factory: DeviceFactory) -> None:
-    """A worker's life: open the device, then answer candidates until the pipe closes or a measurement says that the context is lost."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides what ends
+    """A worker's life: open the device, then answer candidates until the pipe closes or a measurement says that the
+    context is lost.
+    """
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole terminal group; the parent decides what ends
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         device = factory()
@@ -184,7 +197,8 @@ class WorkerPool:
             worker.stop()
 
     def run(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Measurement]]:
-        """Every candidate with its measurement, as they finish. A worker stays with one workload while it lasts, since preparing one is dear.
+        """Every candidate with its measurement, as they finish. A worker stays with one workload while it lasts, since
+        preparing one is dear.
 
         Raises WorkerError on a programming error in a worker, or when one cannot start.
         """

@@ -1,4 +1,6 @@
-"""What a sweep is asked for (SweepRequest), and what follows from it: workloads, loads, and each one's configurations ranked by the analytic model."""
+"""What a sweep is asked for (SweepRequest), and what follows from it: workloads, loads, and each one's configurations
+ranked by the analytic model.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from costmodel.facts import BuildFacts
 from kernel_gen.bundle import Bundle
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort, candidates, enumerate_configs, summarise
-from kernel_gen.sweeping.candidates import Candidate, Workload
+from kernel_gen.sweeping.candidates import Candidate, Workload, runs
 from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GpuSpec
 from profiles.kernels import KernelConfig
@@ -24,7 +26,10 @@ from profiles.schemes import KERNEL_SCHEMES, QuantScheme
 
 LINEARS = ("gate_up", "down", "shared_gate_up", "shared_down")
 DEFAULT_LINEARS = LINEARS[:2]
-DEFAULT_TOKENS = {Effort.QUICK: (1, 16, 64, 256, 1024, 4096), Effort.FULL: tuple(1 << exponent for exponent in range(14))}
+DEFAULT_TOKENS = {
+    Effort.QUICK: (1, 16, 64, 256, 1024, 4096),
+    Effort.FULL: tuple(1 << exponent for exponent in range(14)),
+}
 
 
 class Backend(Enum):
@@ -47,12 +52,16 @@ class Mix:
         return "+".join(f"{scheme.name}:{share:g}" for scheme, share in self.shares)
 
     def assign(self, num_experts: int, seed: int) -> tuple[QuantScheme, ...]:
-        """One scheme per expert: shares rounded so that the counts add up and every scheme has an expert, experts shuffled by the seed."""
+        """One scheme per expert: shares rounded so that the counts add up and every scheme has an expert, experts
+        shuffled by the seed.
+        """
         if num_experts < len(self.shares):
             raise SpecError(f"--mixed {self.label} needs at least {len(self.shares)} experts; there are {num_experts}")
         ends = np.rint(np.cumsum([share for _, share in self.shares]) * num_experts).astype(int)
         for index in range(len(ends)):  # every scheme keeps an expert, and leaves one for each scheme after it
-            ends[index] = min(max(ends[index], (ends[index - 1] if index else 0) + 1), num_experts - (len(ends) - 1 - index))
+            ends[index] = min(
+                max(ends[index], (ends[index - 1] if index else 0) + 1), num_experts - (len(ends) - 1 - index)
+            )
         counts = np.diff(ends, prepend=0)
         ordered = [scheme for (scheme, _), count in zip(self.shares, counts, strict=True) for _ in range(count)]
         return tuple(ordered[index] for index in np.random.default_rng(seed).permutation(num_experts))
@@ -60,7 +69,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRequest:
-    """Everything a sweep depends on. `loads` are generators' names or paths of traces; `limit_s` bounds one candidate."""
+    """Everything a sweep depends on. `loads` are generators' names or traces' paths; `limit_s` bounds one candidate."""
 
     gpu: GpuSpec
     models: tuple[MoeShape, ...]
@@ -78,7 +87,9 @@ class SweepRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadCase:
-    """One load of a workload: its kind without the token count ("uniform"), the tokens of the batch, and the rows each expert gets."""
+    """One load of a workload: its kind without the token count ("uniform"), the tokens of the batch, and the rows each
+    expert gets.
+    """
 
     kind: str
     tokens: int
@@ -95,13 +106,17 @@ class Cell:
 
     def candidates(self, limit: int) -> Iterator[Candidate]:
         """The first `limit` configurations as candidates."""
-        return (Candidate(workload=self.workload, load=self.case.load, config=config) for config in self.configs[:limit])
+        return (
+            Candidate(workload=self.workload, load=self.case.load, config=config) for config in self.configs[:limit]
+        )
 
 
 def default_schemes(gpu: GpuSpec, effort: Effort, bundle: Bundle | None) -> tuple[QuantScheme, ...]:
-    """Every scheme with a kernel for `gpu`, or in the bundle, alone in a launch. UnsupportedError when there is none."""
+    """Every scheme with a kernel for `gpu`, or in the bundle, by itself. UnsupportedError when there is none."""
     if bundle is not None:
-        found = tuple(scheme for scheme in KERNEL_SCHEMES if any(kernel.spec.schemes == (scheme,) for kernel in bundle.kernels))
+        found = tuple(
+            scheme for scheme in KERNEL_SCHEMES if any(kernel.spec.schemes == (scheme,) for kernel in bundle.kernels)
+        )
     else:
         found = tuple(scheme for scheme in KERNEL_SCHEMES if candidates((scheme,), gpu, effort))
     if not found and bundle is None:
@@ -113,7 +128,8 @@ def default_schemes(gpu: GpuSpec, effort: Effort, bundle: Bundle | None) -> tupl
 def plan(request: SweepRequest) -> list[Cell]:
     """Every cell, workload by workload, its configurations ranked.
 
-    UnsupportedError, with every reason, for a scheme or mix without a legal configuration; SpecError for loads that do not fit a model.
+    UnsupportedError, with every reason, for a scheme or mix without a legal configuration; SpecError for loads that do
+    not fit a model.
     """
     cells: list[Cell] = []
     for model in request.models:
@@ -130,21 +146,31 @@ def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
     seen: set[tuple[int, ...]] = set()
     for kind in request.loads:
         for case in _generated(request, model, kind) if kind in GENERATORS else _traced(model, Path(kind)):
-            load = TokenLoad(tokens_per_expert=(case.tokens,), source=f"every token, {case.tokens} tokens") if shared else case.load
-            if load.tokens_per_expert not in seen:  # one candidate cannot be two rows: with one token, two kinds of load may be the same
+            load = (
+                TokenLoad(tokens_per_expert=(case.tokens,), source=f"every token, {case.tokens} tokens")
+                if shared
+                else case.load
+            )
+            if (
+                load.tokens_per_expert not in seen
+            ):  # one candidate cannot be two rows: with one token, two kinds of load may be the same
                 seen.add(load.tokens_per_expert)
                 yield LoadCase(kind="every token" if shared else case.kind, tokens=case.tokens, load=load)
 
 
 def _generated(request: SweepRequest, model: MoeShape, kind: str) -> Iterator[LoadCase]:
     for tokens in request.tokens:
-        yield LoadCase(kind=kind, tokens=tokens, load=generate(kind, model.num_experts, tokens, model.top_k, request.seed))
+        yield LoadCase(
+            kind=kind, tokens=tokens, load=generate(kind, model.num_experts, tokens, model.top_k, request.seed)
+        )
 
 
 def _traced(model: MoeShape, path: Path) -> Iterator[LoadCase]:
     for layer, load in read_trace(path).items():
         if load.num_experts != model.num_experts:
-            raise SpecError(f"{path}: {load.source} has {load.num_experts} experts, {model.name} has {model.num_experts}")
+            raise SpecError(
+                f"{path}: {load.source} has {load.num_experts} experts, {model.name} has {model.num_experts}"
+            )
         if load.total:
             yield LoadCase(kind=f"{path.name} layer {layer}", tokens=-(-load.total // model.top_k), load=load)
 
@@ -156,7 +182,13 @@ def _workloads(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
 
     def workload(schemes: tuple[QuantScheme, ...], label: str) -> Workload:
         return Workload(
-            model=model.name, linear=linear, num_experts=gemm.num_experts, n=gemm.shape.n, k=gemm.shape.k, schemes=schemes, label=label
+            model=model.name,
+            linear=linear,
+            num_experts=gemm.num_experts,
+            n=gemm.shape.n,
+            k=gemm.shape.k,
+            schemes=schemes,
+            label=label,
         )
 
     for scheme in request.schemes:
@@ -169,7 +201,11 @@ def _workloads(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
 def _ranked(request: SweepRequest, workload: Workload, cases: Sequence[LoadCase]) -> list[Cell]:
     facts = _known_facts(request, workload)
     configs = list(facts)
-    launches = [Candidate(workload=workload, load=case.load, config=config).launch(facts[config]) for case in cases for config in configs]
+    launches = [
+        Candidate(workload=workload, load=case.load, config=config).launch(facts[config])
+        for case in cases
+        for config in configs
+    ]
     latency_us = launch_latencies(request.gpu, launches)["latency_us"].to_numpy().reshape(len(cases), len(configs))
     ranks = np.argsort(latency_us, axis=1, kind="stable")
     return [
@@ -179,19 +215,30 @@ def _ranked(request: SweepRequest, workload: Workload, cases: Sequence[LoadCase]
 
 
 def _known_facts(request: SweepRequest, workload: Workload) -> dict[KernelConfig, BuildFacts]:
-    """The configurations to consider: those of the bundle with their facts, else the legal ones of the space with estimates."""
+    """The configurations to consider: those of the bundle with their facts, else the legal ones of the space with
+    estimates.
+    """
     if request.bundle is not None:
-        built = {kernel.spec.config: kernel.facts for kernel in request.bundle.kernels if runs(kernel.spec.schemes, kernel.spec.max_experts, workload)}
+        built = {
+            kernel.spec.config: kernel.facts
+            for kernel in request.bundle.kernels
+            if runs(kernel.spec.schemes, kernel.spec.max_experts, workload)
+        }
         if not built:
-            raise SpecError(f"{request.bundle.path} has no kernel for {workload.label}: build one, or leave the scheme out with --schemes")
+            raise SpecError(
+                f"{request.bundle.path} has no kernel for {workload.label}:"
+                " build one, or leave the scheme out with --schemes"
+            )
         return built
     legal = candidates(workload.slots, request.gpu, request.effort, max_experts=workload.max_experts)
     if not legal:
-        enumerated = list(enumerate_configs(workload.slots, request.gpu, request.effort, max_experts=workload.max_experts))
-        raise UnsupportedError(f"{workload.label} on {request.gpu.name}", [example for _, _, example in summarise(enumerated).by_kind])
-    return {config: estimated_facts(config, workload.slots, request.gpu, max_experts=workload.max_experts) for config in legal}
-
-
-def runs(schemes: Sequence[QuantScheme], max_experts: int, workload: Workload) -> bool:
-    """Whether a kernel with these slots is built for the workload: the same schemes, whatever their order, and room for its experts."""
-    return set(schemes) == set(workload.slots) and max_experts >= workload.num_experts
+        enumerated = list(
+            enumerate_configs(workload.slots, request.gpu, request.effort, max_experts=workload.max_experts)
+        )
+        raise UnsupportedError(
+            f"{workload.label} on {request.gpu.name}", [example for _, _, example in summarise(enumerated).by_kind]
+        )
+    return {
+        config: estimated_facts(config, workload.slots, request.gpu, max_experts=workload.max_experts)
+        for config in legal
+    }

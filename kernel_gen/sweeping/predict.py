@@ -1,7 +1,9 @@
-"""The predict backend: the analytic model over build facts, which are real for the kernels that matter most and estimated for the rest.
+"""The predict backend: the analytic model over build facts, which are real for the kernels that matter most and
+estimated for the rest.
 
-Compiling every configuration would take minutes; the model needs real facts only where they decide. So each kernel's configurations are ranked with
-estimated facts, the few that serve all the loads best (least regret) are built, and these are priced again with the compiler's numbers.
+Compiling every configuration would take minutes; the model needs real facts only where they decide. So each kernel's
+configurations are ranked with estimated facts, the few that serve all the loads best (least regret) are built, and
+these are priced again with the compiler's numbers.
 """
 
 from __future__ import annotations
@@ -30,15 +32,20 @@ from profiles.records import ProfileRecord, Source, Status
 from profiles.schemes import QuantScheme
 
 BUILDS_PER_KERNEL = {Effort.QUICK: 3, Effort.FULL: 12}
-"""Configurations built per combination of schemes; with 23 schemes the quick ones take half a minute on two cores, and seconds from the cache."""
-KEPT_PER_CELL = 10
-"""Configurations whose prediction is kept for each workload and load: a prediction can be made again in microseconds."""
+"""Configurations built per combination of schemes; with 23 schemes the quick ones take half a minute on two cores, and
+seconds from the cache.
+"""
+KEPT_PER_CELL = 4
+"""Configurations whose prediction is kept for each workload and load: a prediction can be made again in microseconds.
+"""
 
 Slots = tuple[frozenset[QuantScheme], int]
 
 
 def by_kernel(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that the same kernels serve, together: the same schemes and expert slots, whatever the model, linear and load."""
+    """Cells that the same kernels serve, together: the same schemes and expert slots, whatever the model, linear and
+    load.
+    """
     groups: dict[Slots, list[Cell]] = {}
     for cell in cells:
         groups.setdefault((frozenset(cell.workload.slots), cell.workload.max_experts), []).append(cell)
@@ -46,7 +53,9 @@ def by_kernel(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def wanted_builds(request: SweepRequest, cells: Sequence[Cell]) -> list[KernelSpec]:
-    """The kernels to build before predicting `cells`, most useful first within each combination of schemes; none when there is a bundle."""
+    """The kernels to build before predicting `cells`, most useful first within each combination of schemes; none when
+    there is a bundle.
+    """
     if request.bundle is not None:
         return []
     return [spec for group in by_kernel(cells) for spec in _group_builds(request, group)]
@@ -68,7 +77,8 @@ def _group_builds(request: SweepRequest, group: Sequence[Cell]) -> list[KernelSp
 
 
 def least_regret(latency_us: npt.NDArray[np.float64], limit: int) -> list[int]:
-    """Up to `limit` rows of [configurations, loads] that together lose least: greedily, by the sum over loads of log(best chosen / best of all).
+    """Up to `limit` rows of [configurations, loads] that together lose least: greedily, by the sum over loads of
+    log(best chosen / best of all).
 
     Ends early once nothing is lost. Infinity is a configuration that does not serve a load.
     """
@@ -84,7 +94,9 @@ def least_regret(latency_us: npt.NDArray[np.float64], limit: int) -> list[int]:
 
 
 def predict(request: SweepRequest, cells: Sequence[Cell], built: Mapping[KernelSpec, Built]) -> Iterator[ProfileRecord]:
-    """A row for each cell's best configurations, in the order of `cells`, over the facts in `built` or in the bundle, else over estimates."""
+    """A row for each cell's best configurations, in the order of `cells`, over the facts in `built` or in the bundle,
+    else over estimates.
+    """
     versions = model_versions(with_compiler=bool(built))
     for cell in cells:
         facts = _built_for(request, cell.workload, built)
@@ -101,25 +113,39 @@ def predict(request: SweepRequest, cells: Sequence[Cell], built: Mapping[KernelS
             )
 
 
-def _built_for(request: SweepRequest, workload: Workload, built: Mapping[KernelSpec, Built]) -> Mapping[KernelConfig, Built]:
+def _built_for(
+    request: SweepRequest, workload: Workload, built: Mapping[KernelSpec, Built]
+) -> Mapping[KernelConfig, Built]:
     if request.bundle is not None:
         return bundled(request.bundle, workload)
     slots = set(workload.slots)
-    return {spec.config: outcome for spec, outcome in built.items() if set(spec.schemes) == slots and spec.max_experts == workload.max_experts}
+    return {
+        spec.config: outcome
+        for spec, outcome in built.items()
+        if set(spec.schemes) == slots and spec.max_experts == workload.max_experts
+    }
 
 
-def _prices_us(request: SweepRequest, candidates: Sequence[Candidate], built: Mapping[KernelConfig, Built]) -> npt.NDArray[np.float64]:
+def _prices_us(
+    request: SweepRequest, candidates: Sequence[Candidate], built: Mapping[KernelConfig, Built]
+) -> npt.NDArray[np.float64]:
     launches = []
     for candidate in candidates:
         known = built.get(candidate.config)
         facts = known.facts if known else None
         work = candidate.workload
-        launches.append(candidate.launch(facts or estimated_facts(candidate.config, work.slots, request.gpu, max_experts=work.max_experts)))
+        launches.append(
+            candidate.launch(
+                facts or estimated_facts(candidate.config, work.slots, request.gpu, max_experts=work.max_experts)
+            )
+        )
     return launch_latencies(request.gpu, launches)["latency_us"].to_numpy()
 
 
 def model_versions(*, with_compiler: bool) -> dict[str, str]:
-    """What a prediction depends on beside its row: this package, the analytic model's sources, the compiler if one was used."""
+    """What a prediction depends on beside its row: this package, the analytic model's sources, the compiler if one was
+    used.
+    """
     versions = {"bitile": package_version(), "analytic": analytic_digest()}
     if with_compiler:
         from kernel_gen.compiler import dsl_version

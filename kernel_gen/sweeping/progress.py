@@ -1,4 +1,6 @@
-"""Progress on stderr: a live bar with the time left on a terminal, a plain line now and then elsewhere. Nothing here writes to stdout."""
+"""Progress on stderr: a live bar with the time left on a terminal, a plain line now and then elsewhere. Nothing here
+writes to stdout.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Phase(Protocol):
 
 @contextmanager
 def phase(title: str, total: int, *, live: bool, stream: TextIO | None = None) -> Iterator[Phase]:
-    """A phase of `total` steps. `live` asks for the bar; where the stream is no terminal, or `live` is false, plain lines come instead."""
+    """A phase of `total` steps. `live` asks for the bar; where the stream is no terminal, or `live` is false, plain
+    lines come instead.
+    """
     out = stream or sys.stderr
     if live and out.isatty():
         with _bar(out) as progress:
@@ -73,4 +77,8 @@ class _Lines:
             elapsed_s = now_s - self._start_s
             left_s = elapsed_s / self._done * (self._total - self._done)
             tail = f" ({note})" if note and not finished else ""
-            print(f"{self._title}: {self._done}/{self._total}, {elapsed_s:.0f} s, {left_s:.0f} s left{tail}", file=self._out, flush=True)
+            print(
+                f"{self._title}: {self._done}/{self._total}, {elapsed_s:.0f} s, {left_s:.0f} s left{tail}",
+                file=self._out,
+                flush=True,
+            )

@@ -1,4 +1,6 @@
-"""What a sweep found: the best configuration per scheme and load, and where one scheme overtakes another. Written to stdout as tables or JSON."""
+"""What a sweep found: the best configuration per scheme and load, and where one scheme overtakes another. Written to
+stdout as tables or JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,21 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
+from costmodel.table import crossover_tokens
 from profiles.records import Source
 
 CROSSOVER_PAIRS = (("w4a16", "w8a8"), ("w4a16", "w8a8_e4m3"), ("w2a16", "w4a4"))
-"""(better with few tokens, better with many): the pairs that the MxMoE paper compares, and float8. A name stands for its fastest variant."""
+"""(better with few tokens, better with many): the pairs that the MxMoE paper compares, and float8. A name stands for
+its fastest variant.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """The best configuration of one scheme (or mix of schemes) for one load of one linear.
 
-    `load` names the kind of load, the token count apart: "uniform". `is_built`: the kernel's build facts were read from a build, or it was measured.
+    `load` names the kind of load, the token count apart: "uniform". `is_built`: the kernel's build facts were read from
+    a build, or it was measured.
     """
 
     model: str
@@ -42,7 +48,9 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossover:
-    """`few` is faster below `tokens_per_expert` tokens an expert, `many` above. None: one is faster throughout, `winner`."""
+    """`few` is faster below `tokens_per_expert` tokens an expert, `many` above. None: one is faster throughout,
+    `winner`.
+    """
 
     model: str
     linear: str
@@ -86,34 +94,27 @@ def crossovers(cells: Sequence[Cell]) -> list[Crossover]:
 
 
 def _crossover(panel: Sequence[Cell], few: str, many: str) -> Crossover | None:
-    """Where log(latency of few / latency of many) first turns positive, linear in log(tokens an expert) between the two loads about it.
-
-    Launches that cost the same within a thousandth count for neither: with few tokens all schemes may sit on the same launch floor.
-    """
     ratios = _log_ratios(panel, few, many)
     if not ratios:
         return None
     model, linear, load = panel[0].panel
-    at: float | None = None
-    for (x0, r0), (x1, r1) in zip(ratios, ratios[1:], strict=False):
-        if r0 < 0 < r1 or (r0 < 0 and r1 == 0 and ratios[-1][1] > 0):
-            at = math.exp(math.log(x0) + (math.log(x1) - math.log(x0)) * (-r0) / (r1 - r0))
-            break
+    at = crossover_tokens([tokens for tokens, _ in ratios], [ratio for _, ratio in ratios])
     winner = None if at is not None else (few if sum(ratio for _, ratio in ratios) < 0 else many)
     return Crossover(model=model, linear=linear, load=load, few=few, many=many, tokens_per_expert=at, winner=winner)
 
 
 def _log_ratios(panel: Sequence[Cell], few: str, many: str) -> list[tuple[float, float]]:
+    """(tokens an expert, log(latency of few / latency of many)), by tokens; a kind stands for its fastest variant."""
     best: dict[tuple[float, str], float] = {}
     for cell in panel:
         key = cell.tokens_per_expert, kind(cell.scheme)
         best[key] = min(cell.latency_us, best.get(key, math.inf))
-    ratios = []
-    for tokens in sorted({tokens for tokens, _ in best}):
-        if (tokens, few) in best and (tokens, many) in best:
-            ratio = math.log(best[tokens, few] / best[tokens, many])
-            ratios.append((tokens, ratio if abs(ratio) > 1e-3 else 0.0))
-    return ratios
+    tokens = sorted({tokens for tokens, _ in best})
+    return [
+        (count, math.log(best[count, few] / best[count, many]))
+        for count in tokens
+        if (count, few) in best and (count, many) in best
+    ]
 
 
 def print_report(cells: Sequence[Cell], crossings: Sequence[Crossover], *, title: str, console: Console) -> None:
@@ -129,7 +130,13 @@ def print_report(cells: Sequence[Cell], crossings: Sequence[Crossover], *, title
 def _table(panel: Sequence[Cell], title: str) -> Table:
     model, linear, load = panel[0].panel
     table = Table(title=f"{model} {linear}, {load} load: best of each scheme, {title}", title_justify="left")
-    for column, justify in (("scheme", "left"), ("tokens", "right"), ("latency, us", "right"), ("vs w16a16", "right"), ("best configuration", "left")):
+    for column, justify in (
+        ("scheme", "left"),
+        ("tokens", "right"),
+        ("latency, us", "right"),
+        ("vs w16a16", "right"),
+        ("best configuration", "left"),
+    ):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # rich types justify as a Literal
     base = {cell.tokens: cell.latency_us for cell in panel if cell.scheme == "w16a16"}
     for scheme, rows in groupby(panel, key=lambda cell: cell.scheme):

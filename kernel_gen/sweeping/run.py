@@ -1,11 +1,16 @@
-"""One sweep from plan to finished profile: each row is on disk before the next begins, and the best of every cell comes out."""
+"""One sweep from plan to finished profile: each row is on disk before the next begins, and the best of every cell comes
+out.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from kernel_gen.sweeping import report
 from kernel_gen.sweeping.candidates import Workload
@@ -18,7 +23,7 @@ from profiles.store import ProfileStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult:
-    """What a sweep found: the best of each cell, how many rows are new, and how all its rows ended (counts by status)."""
+    """What a sweep found: the best of each cell, how many rows are new, how all its rows ended (counts by status)."""
 
     best: tuple[report.Cell, ...]
     num_new: int
@@ -26,13 +31,16 @@ class SweepResult:
 
 
 RowMaker = Callable[[Mapping[str, ProfileRecord]], Iterator[ProfileRecord]]
-"""Given the rows that the profile has, by key: every row of the sweep in turn, those as they are, the others made when they are asked for."""
+"""Given the rows that the profile has, by key: every row of the sweep in turn, those as they are, the others made when
+they are asked for.
+"""
 
 
 def run(request: SweepRequest, cells: Sequence[Cell], make_rows: RowMaker, *, source: Source) -> SweepResult:
     """Append the rows that are new, one by one, each durably.
 
-    DataError when the profile is refused, is being written by another process, or a row cannot be written; rows before it are kept.
+    DataError when the profile is refused, is being written by another process, or a row cannot be written; rows before
+    it are kept.
     """
     rows: list[ProfileRecord] = []
     num_new = 0
@@ -73,19 +81,26 @@ def best_of(cells: Iterable[Cell], rows: Iterable[ProfileRecord]) -> Iterator[re
 
 
 def _stored(store: ProfileStore, path: Path, source: Source) -> dict[str, ProfileRecord]:
-    """The rows of this kind by key. DataError for predictions of another version of the analytic model: old and new would be compared."""
+    """The rows of this kind by key. DataError for predictions of another version of the analytic model: old and new
+    would be compared.
+    """
     had = {record.key: record for record in (ProfileRecord.from_row(row) for row in _plain_rows(store, source))}
     if source is Source.PREDICTED:
         for record in had.values():
             if record.versions.get("analytic") != analytic_digest():
-                raise DataError(f"{path} holds predictions of another version of the analytic model: choose another --out, or move it away")
+                raise DataError(
+                    f"{path} holds predictions of another version of the analytic model:"
+                    " choose another --out, or move it away"
+                )
     return had
 
 
 def _plain_rows(store: ProfileStore, source: Source) -> Iterator[dict[str, object]]:
-    frame = store.records(source=source)
-    for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
-        yield {str(name): value for name, value in row.items()}
+    """Stored rows as `ProfileRecord.from_row` takes them: lists and plain numbers, None for what is absent."""
+    for row in store.records(source=source).to_dict("records"):
+        plain = {str(name): value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+        absent = {name: None for name, value in plain.items() if isinstance(value, float) and math.isnan(value)}
+        yield plain | absent
 
 
 def _stored_schemes(work: Workload) -> tuple[object, ...]:
