@@ -17,7 +17,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kernel_gen.compiler import Artifact, dsl_version
 from kernel_gen.gate import CodeFacts
@@ -49,21 +48,12 @@ class KernelCache:
     def get(self, spec: KernelSpec) -> Artifact | None:
         """The kernel of `spec`, or None when it is not there or is damaged, in which case its entry is removed."""
         folder = self._folder(spec)
-        try:
-            text, code_object = (folder / ENTRY_NAME).read_text(), (folder / OBJECT_NAME).read_bytes()
-        except FileNotFoundError:
+        if not folder.is_dir():
             return None
-        entry = _read_entry(text)
-        if (
-            entry is None
-            or entry["label"] != spec.label
-            or entry["object_sha256"] != hashlib.sha256(code_object).hexdigest()
-        ):
+        artifact = _read_entry(folder, spec)
+        if artifact is None:
             shutil.rmtree(folder, ignore_errors=True)
-            return None
-        return Artifact(
-            spec=spec, object_path=folder / OBJECT_NAME, code=entry["code"], compile_seconds=entry["compile_seconds"]
-        )
+        return artifact
 
     def put(self, artifact: Artifact) -> Artifact:
         """Keep a compiled kernel; the artifact returned points at the cache's copy. Raises OSError when the disk is
@@ -108,13 +98,16 @@ class KernelCache:
         return self.root / key[:2] / key
 
 
-def _read_entry(text: str) -> dict[str, Any] | None:
-    """An entry with its facts as an object, or None when the text is not one."""
+def _read_entry(folder: Path, spec: KernelSpec) -> Artifact | None:
+    """The artifact in an entry's folder, or None when the entry is damaged or of another kernel."""
+    object_path = folder / OBJECT_NAME
     try:
-        entry = json.loads(text)
-        facts: dict[str, Any] = entry["code"]
-        lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
-        entry["code"] = CodeFacts(**{**facts, **lists})
-        return entry if entry.keys() == {"label", "object_sha256", "code", "compile_seconds"} else None
-    except (ValueError, KeyError, TypeError, AttributeError):  # truncated, or of another program
+        entry = json.loads((folder / ENTRY_NAME).read_text())
+        digest = hashlib.sha256(object_path.read_bytes()).hexdigest()
+        if entry["label"] != spec.label or entry["object_sha256"] != digest:
+            return None
+        lists = {name: tuple(value) for name, value in entry["code"].items() if isinstance(value, list)}
+        code = CodeFacts(**{**entry["code"], **lists})
+        return Artifact(spec=spec, object_path=object_path, code=code, compile_seconds=entry["compile_seconds"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # cut short, or of another program
         return None

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from profiles.gpus import GpuSpec
 from profiles.kernels import Family
 
 DSL_PACKAGE = "nvidia-cutlass-dsl"
+MAX_MESSAGE = 400
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class CompileError(BitileError):
@@ -89,8 +93,9 @@ def _compile(spec: KernelSpec, options: str) -> Any:
     try:
         return cute.compile(kernel, *fake_arguments, options=f"--enable-tvm-ffi --gpu-arch {spec.arch} {options}")
     except DSLBaseError as error:
-        raise CompileError(f"{spec.label}: {_first_line(str(error))}") from error
+        raise CompileError(f"{spec.label}: {_plain(str(error))}") from error
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "the compiler gave no reason")
+def _plain(text: str) -> str:
+    """The compiler's message on one line, without its colours and, if it is long, without its end."""
+    return textwrap.shorten(_COLOUR.sub("", text), MAX_MESSAGE, placeholder=" ...")
