@@ -10,6 +10,7 @@ from functools import cache
 from profiles.errors import SpecError
 
 THREADS_PER_WARP = 32
+THREADS_PER_WARPGROUP = 128
 
 
 class Family(Enum):
@@ -117,8 +118,9 @@ class KernelConfig:
 
     @property
     def num_threads(self) -> int:
-        """Threads of the warps that multiply; a family that has further warps adds them."""
-        return THREADS_PER_WARP * self.warps.num_warps
+        """Threads of a CTA; the wgmma family has a warpgroup that only loads, beside the warps that multiply."""
+        loading = THREADS_PER_WARPGROUP if self.family is Family.WGMMA else 0
+        return THREADS_PER_WARP * self.warps.num_warps + loading
 
 
 _POSITIVE = r"([1-9]\d{0,4})"
