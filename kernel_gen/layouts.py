@@ -12,7 +12,7 @@ from enum import Enum
 
 from profiles.errors import UnsupportedError
 from profiles.gpus import Math
-from profiles.schemes import NumericType, QuantScheme, Strategy
+from profiles.schemes import NumericType, QuantScheme, QuantSpec, Strategy
 
 UNIT_ROWS = 64
 LANES = 32
@@ -41,6 +41,14 @@ X_K_MULTIPLE = {
 }
 """Activations are padded with zeros along K to a multiple of this: bf16 rows to the 16 bytes of a cp.async, others to
 the k-tile."""
+
+
+class CodeForm(Enum):
+    """How a code u in [0, 2^b) of an integer scheme is written, with q = u - 2^(b-1)."""
+
+    UNSIGNED = "unsigned"  # u, or a float's own bits
+    TWOS_COMPLEMENT = "twos_complement"  # q
+    SIGN_MAGNITUDE = "sign_magnitude"  # bit 3 the sign, the rest |q|; q = -8 has no code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +125,7 @@ class Layout:
     """Weights a scale covers along K; -1: one scale a row."""
     has_group_scales: bool
     has_zero_points: bool
-    twos_complement: bool
-    """The stored code is u - 2^(b-1); otherwise it is u itself (or the float's bits)."""
+    code_form: CodeForm
     activation: ActivationKind
     axes: UnitAxes
     planes: tuple[Plane, ...]
@@ -222,11 +229,18 @@ def layout_of(scheme: QuantScheme) -> Layout:
         group_size=scheme.group_size,
         has_group_scales=scheme.group_size != -1,
         has_zero_points=not scheme.is_symmetric,
-        twos_complement=weights is not None and weights.type is NumericType.INT and math is not Math.BF16,
+        code_form=_code_form(weights, math),
         activation=activation_kind(scheme),
         axes=_AXES[math],
         planes=_PLANES[math, scheme.weight_bits],
     )
+
+
+def _code_form(weights: QuantSpec | None, math: Math) -> CodeForm:
+    """What the decoding in the kernel starts from: e4m3 is sign and magnitude itself, and holds |q| <= 7 of 4-bit codes in its low bits."""
+    if weights is None or weights.type is NumericType.FLOAT or math is Math.BF16:
+        return CodeForm.UNSIGNED
+    return CodeForm.SIGN_MAGNITUDE if math is Math.E4M3 else CodeForm.TWOS_COMPLEMENT
 
 
 def activation_kind(scheme: QuantScheme) -> ActivationKind:

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kernel_gen.layouts import layout_of, round_up
-from profiles.kernels import KernelConfig
+from kernel_gen.smem_wgmma import wgmma_arrays
+from profiles.kernels import Family, KernelConfig
 from profiles.schemes import QuantScheme
 
 PART_ALIGNMENT_BYTES = 16
@@ -85,6 +86,8 @@ def table_bytes(max_experts: int) -> int:
 
 def smem_bytes(config: KernelConfig, schemes: Iterable[QuantScheme], max_experts: int) -> int:
     """Dynamic shared memory of one CTA."""
+    if config.family is Family.WGMMA:
+        return wgmma_arrays(config, schemes, max_experts).total
     return config.num_stages * stage_bytes(config, schemes) + table_bytes(max_experts)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kernel_gen.formats.weights import QuantizedWeights, code_type
-from kernel_gen.layouts import UNIT_ROWS, Layout, Plane, layout_of
+from kernel_gen.layouts import UNIT_ROWS, CodeForm, Layout, Plane, layout_of
+from profiles.errors import DataError
 from profiles.schemes import QuantScheme
 
 _INT_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,10 +64,12 @@ def pack(weights: QuantizedWeights) -> PackedWeights:
     layout = layout_of(weights.scheme)
     num_experts, n, k = weights.codes.shape
     padded = _padded_codes(weights, layout)
+    if layout.code_form is CodeForm.SIGN_MAGNITUDE:
+        padded = _to_sign_magnitude(padded, weights.scheme)
     units = (layout.padded_n(n) // UNIT_ROWS, *_sizes(layout.axes.rows), layout.num_k_tiles(k), *_sizes(layout.axes.ks))
     split = padded.view(num_experts, *units)
     blob = torch.cat([_pack_plane(split, plane, layout) for plane in layout.planes], dim=-1).view(torch.int32)
-    if layout.twos_complement:
+    if layout.code_form is CodeForm.TWOS_COMPLEMENT:
         blob ^= _SIGN_FLIP[layout.weight_bits]
     scales = weights.scales
     return PackedWeights(
@@ -87,7 +90,7 @@ def unpack(packed: PackedWeights) -> QuantizedWeights:
     """The weights that `pack` was given, exactly."""
     layout = layout_of(packed.scheme)
     blob = packed.blob
-    if layout.twos_complement:
+    if layout.code_form is CodeForm.TWOS_COMPLEMENT:
         blob = blob ^ _SIGN_FLIP[layout.weight_bits]
     codes: Tensor | None = None
     sizes = [_plane_elements(plane, layout) for plane in layout.planes]
@@ -96,6 +99,8 @@ def unpack(packed: PackedWeights) -> QuantizedWeights:
         bits = _unpack_plane(part, plane, layout)
         codes = bits if codes is None else codes | (bits << plane.low_bit)
     assert codes is not None
+    if layout.code_form is CodeForm.SIGN_MAGNITUDE:
+        codes = torch.where(codes < 8, codes + 8, 16 - codes)
     num_experts, padded_n = packed.num_experts, layout.padded_n(packed.n)
     codes = codes.view(num_experts, padded_n, layout.padded_k(packed.k))[:, : packed.n, : packed.k].contiguous()
     if packed.channel_scales is not None:
@@ -106,6 +111,13 @@ def unpack(packed: PackedWeights) -> QuantizedWeights:
     return QuantizedWeights(
         scheme=packed.scheme, codes=codes.view(code_type(packed.scheme)), scales=scales, zeros=zeros
     )
+
+
+def _to_sign_magnitude(codes: Tensor, scheme: QuantScheme) -> Tensor:
+    """4-bit u to sign and magnitude of u - 8. DataError for u = 0, which has none."""
+    if bool((codes == 0).any()):
+        raise DataError(f"{scheme.name}: codes of -8 cannot be packed, its kernels hold -7..7: quantise with scales of max|w| / 7")
+    return torch.where(codes < 8, 16 - codes, codes - 8)
 
 
 def _padded_codes(weights: QuantizedWeights, layout: Layout) -> Tensor:

@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from kernel_gen.kernels import ptx
+from profiles.gpus import Math
 
 BF16_128 = 0x43004300  # bf16 pair (128, 128): ulp 1, low mantissa bits hold u
 BF16_ONE = 0x3F803F80
@@ -109,10 +110,15 @@ class Bf16Weights:
 
 
 class NarrowWeights:
-    """Weights of INT8, E4M3 and INT4 math: used as they lie, except 4-bit weights of INT8 math, which become 16 q (the scale takes 1/16)."""
+    """Weights of INT8, E4M3 and INT4 math. 8-bit ones, and 4-bit ones of INT4 math, are used as they lie; other 4-bit ones are widened to bytes:
+    two's complement q to int8 16 q, sign and magnitude q to e4m3 q 2^-9 (its subnormals and first binade count evenly). `extra_scale` undoes that.
+    """
 
-    def __init__(self, num_bits: int, k_steps: int, unit_bytes: int, widen: bool) -> None:
-        self.num_bits, self.k_steps, self.unit_bytes, self.widen = num_bits, k_steps, unit_bytes, widen
+    def __init__(self, math: Math, num_bits: int, k_steps: int, unit_bytes: int) -> None:
+        self.math, self.k_steps, self.unit_bytes = math, k_steps, unit_bytes
+        self.widen = num_bits == 4 and math is not Math.INT4
+        self.words = 8 if self.widen else 4
+        self.extra_scale = {Math.INT8: 1 / 16, Math.E4M3: 2.0**9}[math] if self.widen else 1.0
 
     @cute.jit
     def load(self, regs, m: cutlass.Constexpr, base, block, lane, ks: cutlass.Constexpr):
@@ -123,12 +129,21 @@ class NarrowWeights:
             if const_expr(ks % 2 == 0):
                 got = ptx.lds128(unit + w * 1024 + (ks // 2) * 512 + lane * 16)
                 for j in cutlass.range_constexpr(4):
-                    regs[2 * j, m] = (got[j] << 4) & Int32(-0x0F0F0F10)
-                    regs[2 * j + 1, m] = got[j] & Int32(-0x0F0F0F10)
+                    even, odd = self.widened(got[j])
+                    regs[2 * j, m] = even
+                    regs[2 * j + 1, m] = odd
         else:
             got = ptx.lds128(unit + w * (512 * self.k_steps) + ks * 512 + lane * 16)
             for j in cutlass.range_constexpr(4):
                 regs[j, m] = got[j]
+
+    def widened(self, word):
+        """Bytes of the low nibbles and of the high ones."""
+        if self.math is Math.INT8:
+            return (word << 4) & Int32(-0x0F0F0F10), word & Int32(-0x0F0F0F10)
+        signs = Int32(-0x7F7F7F80)
+        magnitudes = Int32(0x07070707)
+        return (word & magnitudes) | ((word << 4) & signs), ((word >> 4) & magnitudes) | (word & signs)
 
     def fragment(self, regs, m, ks):
         first = 4 * (ks % 2) if self.widen else 0

@@ -26,13 +26,17 @@ class Mainloop:
         self.grouped = facts.has_group_scales and self.math is not Math.BF16
         self.has_group_zeros = facts.has_zero_points and facts.has_group_scales
         self.token_groups = facts.activation is ActivationKind.INT4_GROUP
-        self.widen = self.math is Math.INT8 and facts.weight_bits == 4
         if self.math is Math.BF16:
             self.weights = Bf16Weights(
                 facts.weight_bits, facts.has_zero_points, facts.has_group_scales, facts.unit_bytes
             )
         else:
-            self.weights = NarrowWeights(facts.weight_bits, self.k_steps, facts.unit_bytes, self.widen)
+            self.weights = NarrowWeights(self.math, facts.weight_bits, self.k_steps, facts.unit_bytes)
+
+    @property
+    def extra_scale(self) -> float:
+        """What the sums are still to be multiplied by, scales aside."""
+        return 1.0 if self.math is Math.BF16 else self.weights.extra_scale
 
     @property
     def integer(self) -> bool:
@@ -172,6 +176,6 @@ class Mainloop:
             scales = cute.make_rmem_tensor((2, self.m_blocks), Int32)
             biases = cute.make_rmem_tensor((2, self.m_blocks), self.weights.bias_type)
             return acc, words, fragments, scales, biases, self.weights.constants()
-        words = cute.make_rmem_tensor((8 if self.widen else 4, self.m_blocks), Int32)
+        words = cute.make_rmem_tensor((self.weights.words, self.m_blocks), Int32)
         sums = cute.make_rmem_tensor((4, self.m_blocks, self.n_blocks), Int32) if self.grouped else acc
         return acc, words, fragments, sums

@@ -45,7 +45,7 @@ class Slot:
             n_blocks,
             self.facts.has_channel_scales,
             token_scales,
-            1 / 16 if self.mainloop.widen else 1.0,
+            self.mainloop.extra_scale,
         )
 
 

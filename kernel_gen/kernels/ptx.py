@@ -89,6 +89,29 @@ def _cp_async(kind, size, smem, gmem, left, offset):
     )
 
 
+def bulk_load(smem, gmem, num_bytes, barrier):
+    """sm_90: one thread copies num_bytes (a multiple of 16) to shared memory; the mbarrier counts them."""
+    _ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[smem, gmem, num_bytes, barrier],
+    )
+
+
+def bulk_store(gmem, smem, num_bytes):
+    """sm_90: one thread copies num_bytes (a multiple of 16) from shared to global memory, in its bulk group."""
+    _ptx(
+        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};", read_only_args=[gmem, smem, num_bytes]
+    )
+
+
+def stmatrix_x4_trans(smem, a, b, c, d):
+    """sm_90: four 8x8 matrices of 16-bit elements, transposed, to the 16-byte rows that the lanes address."""
+    _ptx(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1},{$r2},{$r3},{$r4}};",
+        read_only_args=[smem, a, b, c, d],
+    )
+
+
 def pack_bf16(low, high):
     return _ptx("cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[high, low])
 

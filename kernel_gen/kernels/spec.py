@@ -46,7 +46,7 @@ class KernelSpec:
         return hashlib.sha256(f"{self.label}|{source_digest(self.config.family)}".encode()).hexdigest()[:16]
 
 
-ENTRY_MODULE = {Family.MMA: "kernel_gen.kernels.mma"}
+ENTRY_MODULE = {Family.MMA: "kernel_gen.kernels.mma", Family.WGMMA: "kernel_gen.kernels.wgmma"}
 """Where each family's `entry` is; a family that is not here cannot be generated."""
 
 

@@ -73,6 +73,12 @@ def bytes_4(words, w, step, lane, i):
     return bits(words[((w * 2 + j // 4) * LANES + lane) * 4 + j % 4], 8 * p + 4 * (r & 1), 4)
 
 
+def signed_4(words, w, step, lane, i):
+    """Sign and magnitude, as two's complement."""
+    code = bytes_4(words, w, step, lane, i)
+    return -(code & 7) if code & 8 else code
+
+
 def nibbles_4(words, w, step, lane, i):
     r, p = divmod(i, 8)
     return bits(words[((w * 2 + step) * LANES + lane) * 4 + r], 4 * p, 4)
@@ -87,7 +93,7 @@ CASES = {  # scheme: (the MMA's k, k-tile, reader, what is added to a two's-comp
     "w8a8_g-1_sym": (32, 128, bytes_8, 128),
     "w8a8_g-1_sym_e4m3": (32, 128, bytes_8, 0),
     "w4a8_g128_sym": (32, 128, bytes_4, 8),
-    "w4a8_g128_sym_e4m3": (32, 128, bytes_4, 8),
+    "w4a8_g128_sym_e4m3": (32, 128, signed_4, 8),
     "w4a4_g-1_sym": (64, 128, nibbles_4, 8),
     "w4a4_g128_sym": (64, 128, nibbles_4, 8),
 }

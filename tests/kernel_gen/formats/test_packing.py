@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kernel_gen.formats import QuantizedWeights, dequantize, format_of, pack, quantize, unpack
 from kernel_gen.layouts import layout_of
+from profiles.errors import DataError
 from profiles.errors import UnsupportedError
 from profiles.schemes import KERNEL_SCHEMES, NumericType, parse
 
@@ -25,6 +26,8 @@ def random_codes(scheme, shape, seed):
     codes = torch.randint(0, 1 << scheme.weight_bits, shape, generator=generator, dtype=torch.uint8)
     if scheme.weights.type is NumericType.FLOAT:
         codes = torch.where(codes & 127 == 127, 0, codes).view(torch.float8_e4m3fn)  # no NaN
+    elif scheme.name.endswith("_e4m3"):
+        codes.clamp_(min=1)  # 4-bit weights of e4m3 math are sign and magnitude: -8 has no code
     scales = torch.rand(num_experts, n, groups, generator=generator) + 0.1
     zeros = torch.randint(0, 1 << scheme.weight_bits, scales.shape, generator=generator, dtype=torch.uint8)
     scales = scales if scheme.group_size == -1 else scales.to(torch.bfloat16)
@@ -111,3 +114,10 @@ def test_a_gpu_gives_the_same_bytes(scheme):
     here, there = quantize(w, scheme), quantize(w.cuda(), scheme)
     assert torch.equal(pack(here).blob, pack(there).blob.cpu())
     assert_same(unpack(pack(there).to("cpu")), here)
+
+
+def test_codes_without_a_packed_form_are_refused():
+    weights = random_codes(parse("w4a8_g128_sym_e4m3"), (1, 8, 128), 3)
+    weights.codes[0, 4, 5] = 0
+    with pytest.raises(DataError, match="codes of -8 cannot be packed"):
+        pack(weights)
