@@ -41,7 +41,8 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.append(entry)
 
     @rule()
-    def close(self) -> None:
+    def open_and_close(self) -> None:
+        self.store.open()
         self.store.close()
         assert not journal_path(self.path).exists()
 
@@ -86,5 +87,5 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.root)
 
 
-StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
 TestStore = StoreMachine.TestCase

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+
+from profiles.atomic import remove_leftovers, replacing
+
+
+def test_a_file_takes_the_place_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_one_file_are_removed(tmp_path: Path) -> None:
+    path, kept = tmp_path / "file", [".file2.ab.tmp", ".other.ab.tmp", "file", "file.tmp"]
+    for name in (".file.ab.tmp", ".file.cd.tmp", *kept):
+        (tmp_path / name).touch()
+    remove_leftovers(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
