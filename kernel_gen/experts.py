@@ -46,9 +46,7 @@ class Experts:
             raise SpecError(f"schemes: expected one, or one for each of {len(weights)} experts, got {len(per_expert)}")
         distinct = list(dict.fromkeys(per_expert))
         members = [[e for e, scheme in enumerate(per_expert) if scheme == wanted] for wanted in distinct]
-        stacks = [
-            pack(quantize(weights[experts], scheme)) for scheme, experts in zip(distinct, members, strict=True)
-        ]
+        stacks = [pack(quantize(weights[experts], scheme)) for scheme, experts in zip(distinct, members, strict=True)]
         return cls(stacks, members)
 
     @property
@@ -74,7 +72,9 @@ class Experts:
         """
         missing = [scheme.name for scheme in self.schemes if scheme not in slots]
         if missing:
-            raise SpecError(f"experts: schemes {missing} are not among the kernel's {[scheme.name for scheme in slots]}")
+            raise SpecError(
+                f"experts: schemes {missing} are not among the kernel's {[scheme.name for scheme in slots]}"
+            )
         if slots not in self._bindings:
             rows = [
                 (stack.scheme.activation_bits, stack.scheme.weight_bits, expert, slots.index(stack.scheme), index)
@@ -101,10 +101,14 @@ def _addresses(stack: PackedWeights | None) -> list[int]:
 
 def _check_stacks(stacks: Sequence[PackedWeights], members: Sequence[Sequence[int]]) -> None:
     if not stacks or len(stacks) != len(members):
-        raise SpecError(f"stacks: expected one or more, with as many lists of experts, got {len(stacks)} and {len(members)}")
+        raise SpecError(
+            f"stacks: expected one or more, with as many lists of experts, got {len(stacks)} and {len(members)}"
+        )
     for stack, experts in zip(stacks, members, strict=True):
         if stack.num_experts != len(experts):
-            raise SpecError(f"members: the {stack.scheme.name} stack holds {stack.num_experts} experts, {len(experts)} are named")
+            raise SpecError(
+                f"members: the {stack.scheme.name} stack holds {stack.num_experts} experts, {len(experts)} are named"
+            )
     shapes = {(stack.n, stack.k, str(stack.blob.device)) for stack in stacks}
     if len(shapes) > 1:
         raise SpecError(f"stacks: expected one N, K and device, got {sorted(shapes)}")

@@ -75,9 +75,7 @@ class Kernel:
         if ctas_per_sm < 1:
             raise SpecError(f"ctas_per_sm: expected at least 1, got {ctas_per_sm}")
 
-    def __call__(
-        self, x: Tensor | Activations, experts: Experts, offsets: Tensor, out: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor | Activations, experts: Experts, offsets: Tensor, out: Tensor | None = None) -> Tensor:
         """Y [T, N] bf16: rows offsets[e]..offsets[e+1] of X [T, K] times expert e's weights, transposed.
 
         Args:
@@ -106,7 +104,9 @@ class Kernel:
 
     def _check(self, x: Activations, experts: Experts, offsets: Tensor) -> None:
         if experts.num_experts > self.spec.max_experts:
-            raise SpecError(f"experts: {experts.num_experts} experts, this kernel was built for {self.spec.max_experts}")
+            raise SpecError(
+                f"experts: {experts.num_experts} experts, this kernel was built for {self.spec.max_experts}"
+            )
         if experts.device.type != "cuda":
             raise SpecError(f"experts: expected weights on a CUDA device, got {experts.device}")
         if x.k != experts.k:
@@ -115,7 +115,9 @@ class Kernel:
             raise SpecError(f"x: expected it on {experts.device}, got {x.tensors[0].device}")
         for scheme in experts.schemes:
             if x.addresses[_ARGUMENT[activation_kind(scheme)]] == 0 and x.num_tokens:
-                raise SpecError(f"x: not prepared for {scheme.name}: pass all the experts' schemes to prepare_activations")
+                raise SpecError(
+                    f"x: not prepared for {scheme.name}: pass all the experts' schemes to prepare_activations"
+                )
         if (
             offsets.dtype != torch.int32
             or offsets.shape != (experts.num_experts + 1,)
@@ -144,6 +146,7 @@ class Kernel:
                 f"got {out.dtype} {list(out.shape)} on {out.device}"
             )
         if experts.n != width:
-            raise SpecError(f"out: N = {experts.n} is not a multiple of {ROW_ALIGN}: leave out away and take the result's view")
+            raise SpecError(
+                f"out: N = {experts.n} is not a multiple of {ROW_ALIGN}: leave out away and take the result's view"
+            )
         return out
-

@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int64, const_expr
 
 from kernel_gen.kernels import ptx
 
@@ -10,7 +10,9 @@ from kernel_gen.kernels import ptx
 class Epilogue:
     """Stores m_blocks x n_blocks m16n8 accumulators a warp."""
 
-    def __init__(self, m_blocks: int, n_blocks: int, channel_scales: bool, token_scales: bool, extra_scale: float) -> None:
+    def __init__(
+        self, m_blocks: int, n_blocks: int, channel_scales: bool, token_scales: bool, extra_scale: float
+    ) -> None:
         self.m_blocks, self.n_blocks = m_blocks, n_blocks
         self.channel_scales, self.token_scales, self.extra_scale = channel_scales, token_scales, extra_scale
 

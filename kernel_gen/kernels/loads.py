@@ -102,7 +102,9 @@ class StageLoader:
     def issue_tokens(self, words, addresses, tid, k):
         """tile_n rows, swizzled so that ldmatrix meets no bank conflict; rows of other experts and k past the end are zeros."""
         r = tid // self.chunks
-        target = words[STAGE] + self.stage.x_offset + r * self.row_bytes + (swizzle(r, tid % self.chunks, self.chunks) << 4)
+        target = (
+            words[STAGE] + self.stage.x_offset + r * self.row_bytes + (swizzle(r, tid % self.chunks, self.chunks) << 4)
+        )
         left = words[X_ROWS_LEFT]
         stride = (k + (self.facts.k_tile - 1)) // self.facts.k_tile * self.row_bytes
         if const_expr(self.facts.activation is ActivationKind.BF16):

@@ -28,6 +28,7 @@ from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
 from kernel_gen.layouts import STRIP_BYTES, ActivationKind, layout_of
 
+
 class Slot:
     """The units of one scheme in this kernel."""
 
@@ -80,9 +81,7 @@ class MmaKernel:
         grid: Int32,
         stream: cuda.CUstream,
     ):
-        self.kernel(
-            y, offsets, plan, weights, x_bf16, x_int8, sx_int8, x_e4m3, sx_e4m3, x_int4, sx_int4, k
-        ).launch(
+        self.kernel(y, offsets, plan, weights, x_bf16, x_int8, sx_int8, x_e4m3, sx_e4m3, x_int4, sx_int4, k).launch(
             grid=(grid, 1, 1),
             block=(self.num_threads, 1, 1),
             smem=self.smem_bytes,
@@ -123,9 +122,7 @@ class MmaKernel:
         table = stages + self.num_stages * self.stage_bytes
         weights_at = weights.iterator.toint()
         y_at = y.iterator.toint()
-        num_tiles = self.scheduler.build(
-            table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles
-        )
+        num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         where = (table, lane, num_tiles, feature_tiles, ctas)
         what = (stages, tid, weights_at, activations, k, units)
         words = cute.make_rmem_tensor((NUM_WORDS,), Int32)

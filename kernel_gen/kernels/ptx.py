@@ -66,9 +66,7 @@ def ldmatrix_x2(addr):
 
 def movmatrix_trans(value):
     """Transpose an 8x8 matrix of 16-bit elements spread over a warp."""
-    return _ptx(
-        "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value]
-    )
+    return _ptx("movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
 
 
 def cp_async_16_if_more(smem, gmem, left, offset):
@@ -99,9 +97,7 @@ def bulk_load(smem, gmem, num_bytes, barrier):
 
 def bulk_store(gmem, smem, num_bytes):
     """sm_90: one thread copies num_bytes (a multiple of 16) from shared to global memory, in its bulk group."""
-    _ptx(
-        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};", read_only_args=[gmem, smem, num_bytes]
-    )
+    _ptx("cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};", read_only_args=[gmem, smem, num_bytes])
 
 
 def stmatrix_x4_trans(smem, a, b, c, d):

@@ -7,7 +7,7 @@ leaves the GPU, nothing is allocated, and a launch can be captured in a graph. T
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, const_expr
 
 from kernel_gen.kernels import ptx
 from profiles.kernels import Raster

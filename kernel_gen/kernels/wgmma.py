@@ -162,7 +162,17 @@ class WgmmaKernel:
                         if slot == s:
                             at = (row, feature_tile, index, weights_at + s * 32, k, units)
                             stage, phase = self.slots[s].producer.run(
-                                base, start, self.arrays, barriers, self.num_stages, stage, phase, at, atoms[s], tensors[s], layouts[s]
+                                base,
+                                start,
+                                self.arrays,
+                                barriers,
+                                self.num_stages,
+                                stage,
+                                phase,
+                                at,
+                                atoms[s],
+                                tensors[s],
+                                layouts[s],
                             )
         else:
             cute.arch.warpgroup_reg_alloc(self.consumer_registers)

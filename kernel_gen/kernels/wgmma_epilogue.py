@@ -10,7 +10,9 @@ from kernel_gen.kernels import ptx
 class WgmmaEpilogue:
     """tile_m x tile_n sums of `groups` warpgroups; `extra_scale` undoes what decoding multiplied by."""
 
-    def __init__(self, tile_m: int, tile_n: int, groups: int, channel_scales: bool, token_scales: bool, extra_scale: float) -> None:
+    def __init__(
+        self, tile_m: int, tile_n: int, groups: int, channel_scales: bool, token_scales: bool, extra_scale: float
+    ) -> None:
         self.tile_m, self.tile_n, self.groups = tile_m, tile_n, groups
         self.m_units = tile_m // 64 // groups
         self.channel_scales, self.token_scales, self.extra_scale = channel_scales, token_scales, extra_scale
@@ -37,10 +39,18 @@ class WgmmaEpilogue:
                     for half in cutlass.range_constexpr(2):
                         values = []
                         for i in cutlass.range_constexpr(2):
-                            values.append(self.scaled(acc[(i, half, 2 * pair + j), m, 0], row_scales[m][half], column_scales[j][i]))
+                            values.append(
+                                self.scaled(
+                                    acc[(i, half, 2 * pair + j), m, 0], row_scales[m][half], column_scales[j][i]
+                                )
+                            )
                         packed.append(ptx.pack_bf16(values[0], values[1]))
                 ptx.stmatrix_x4_trans(
-                    to + pair * (16 * self.row_bytes) + (m * self.groups + group) * 128, packed[0], packed[1], packed[2], packed[3]
+                    to + pair * (16 * self.row_bytes) + (m * self.groups + group) * 128,
+                    packed[0],
+                    packed[1],
+                    packed[2],
+                    packed[3],
                 )
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=barrier_id, number_of_threads=threads)

@@ -33,7 +33,9 @@ class WgmmaMainloop:
             self.weights = NarrowWeights(self.math, facts.weight_bits, K_STEPS, facts.unit_bytes)
             self.extra_scale = self.weights.extra_scale
         else:
-            self.weights = Bf16Weights(facts.weight_bits, facts.has_zero_points, facts.has_group_scales, facts.unit_bytes)
+            self.weights = Bf16Weights(
+                facts.weight_bits, facts.has_zero_points, facts.has_group_scales, facts.unit_bytes
+            )
             self.extra_scale = 1.0
 
     def acc_type(self):

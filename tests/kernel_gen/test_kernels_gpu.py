@@ -1,4 +1,4 @@
-"""The mma family on a GPU: every scheme, loads of every kind, sizes off the tile, mixed launches, graphs."""
+"""Kernels on a GPU: every scheme of every family, loads of every kind, sizes off the tile, mixed launches, graphs."""
 
 import itertools
 
@@ -11,19 +11,53 @@ from kernel_gen.experts import Experts  # noqa: E402
 from kernel_gen.formats import check_output  # noqa: E402
 from kernel_gen.runtime import prepare_activations  # noqa: E402
 from profiles import schemes  # noqa: E402
-from profiles.schemes import KERNEL_SCHEMES  # noqa: E402
+from profiles.gpus import Math  # noqa: E402
+from profiles.schemes import KERNEL_SCHEMES, QuantScheme  # noqa: E402
 from tests.kernel_gen.gpu_cases import Case, expected_of, kernel_for, offsets_of, poisoned, run  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-CONFIGS = (
+MMA_CONFIGS = (
     "mma_64x8_w4x1x1_s6_k1_at_o4",
     "mma_128x16_w8x1x1_s4_k1_af_o2",
     "mma_128x64_w4x2x1_s3_k1_at_o1",
     "mma_128x128_w2x4x1_s3_k1_af_o1",
 )
-# w4a8 with e4m3 activations is the wgmma family's.
-NAMES = tuple(s.name for s in KERNEL_SCHEMES if s.name != "w4a8_g128_sym_e4m3")
+WGMMA_CONFIGS = (
+    "wgmma_64x16_w4x1x1_s6_k1_at_o2",
+    "wgmma_128x32_w8x1x1_s4_k1_af_o2",
+    "wgmma_128x128_w8x1x1_s4_k1_at_o1",
+    "wgmma_256x64_w8x1x1_s3_k1_af_o1",
+)
+DECODE, MIDDLE = MMA_CONFIGS[1], MMA_CONFIGS[2]
+
+
+def supported(config: str, scheme: QuantScheme) -> bool:
+    """Whether the family runs the scheme: int4 MMAs are the mma family's, int4 weights under e4m3 activations the wgmma family's."""
+    return scheme.math is not Math.INT4 if config.startswith("wgmma") else scheme.name != "w4a8_g128_sym_e4m3"
+
+
+NAMES = tuple(scheme.name for scheme in KERNEL_SCHEMES)
+SINGLE = [
+    (config, scheme.name)
+    for config in MMA_CONFIGS + WGMMA_CONFIGS
+    for scheme in KERNEL_SCHEMES
+    if supported(config, scheme)
+]
+MIXES = (
+    ("w4a16_g128_sym", "w8a8_g-1_sym"),
+    ("w2a16_g128_asym", "w4a4_g128_sym"),
+    ("w16a16", "w8a8_g-1_sym_e4m3", "w3a16_g-1_asym"),
+    ("w4a16_g128_asym", "w8a8_g-1_sym", "w2a16_g128_asym", "w4a4_g-1_sym"),
+    ("w8a16_g-1_sym", "w4a8_g128_sym", "w4a8_g-1_sym", "w16a16"),
+    ("w4a8_g128_sym_e4m3", "w8a8_g-1_sym_e4m3", "w4a16_g128_asym", "w2a16_g-1_sym"),
+)
+MIXED = [
+    (config, names)
+    for config in MMA_CONFIGS + WGMMA_CONFIGS
+    for names in MIXES
+    if all(supported(config, schemes.parse(name)) for name in names)
+]
 LOADS = {
     "ragged": (3, 0, 17, 1, 64, 0, 5, 130),
     "empty": (0, 0, 0, 0),
@@ -32,9 +66,8 @@ LOADS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_scheme(name: str, config: str, record_property) -> None:
+@pytest.mark.parametrize(("config", "name"), SINGLE)
+def test_every_scheme(config: str, name: str, record_property) -> None:
     kernel = kernel_for(config, (name,))
     record_property("kernel", f"{kernel.spec.label} {kernel.spec.fingerprint()}")
     for load, (n, k) in itertools.product(LOADS.values(), ((256, 512), (200, 328), (72, 1000))):
@@ -42,24 +75,14 @@ def test_every_scheme(name: str, config: str, record_property) -> None:
         assert problem is None, f"N={n} K={k} tokens {load}: {problem}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_sizes_no_alignment_divides(name: str) -> None:
-    kernel = kernel_for(CONFIGS[1], (name,))
+@pytest.mark.parametrize(("config", "name"), [case for case in SINGLE if case[0] in (DECODE, WGMMA_CONFIGS[1])])
+def test_sizes_no_alignment_divides(config: str, name: str) -> None:
+    kernel = kernel_for(config, (name,))
     assert run(kernel, Case(n=61, k=101, counts=(7, 0, 20), scheme_names=(name,) * 3)) is None
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("w4a16_g128_sym", "w8a8_g-1_sym"),
-        ("w2a16_g128_asym", "w4a4_g128_sym"),
-        ("w16a16", "w8a8_g-1_sym_e4m3", "w3a16_g-1_asym"),
-        ("w4a16_g128_asym", "w8a8_g-1_sym", "w2a16_g128_asym", "w4a4_g-1_sym"),
-        ("w8a16_g-1_sym", "w4a8_g128_sym", "w4a8_g-1_sym", "w16a16"),
-    ],
-)
-@pytest.mark.parametrize("config", CONFIGS)
-def test_schemes_mixed_in_one_launch(names: tuple[str, ...], config: str, record_property) -> None:
+@pytest.mark.parametrize(("config", "names"), MIXED)
+def test_schemes_mixed_in_one_launch(config: str, names: tuple[str, ...], record_property) -> None:
     kernel = kernel_for(config, names)
     record_property("kernel", f"{kernel.spec.label} {kernel.spec.fingerprint()}")
     for load in LOADS.values():
@@ -71,21 +94,22 @@ def test_schemes_mixed_in_one_launch(names: tuple[str, ...], config: str, record
 def test_more_experts_than_the_default_table() -> None:
     name = "w4a16_g128_sym"
     counts = tuple(i * 5 % 7 for i in range(600))
-    kernel = kernel_for(CONFIGS[1], (name,), max_experts=1024)
+    kernel = kernel_for(DECODE, (name,), max_experts=1024)
     assert run(kernel, Case(n=128, k=128, counts=counts, scheme_names=(name,) * 600)) is None
 
 
 def test_a_real_layers_shape() -> None:
     name = "w4a16_g128_asym"
     counts = tuple(int(c) for c in torch.randint(0, 40, (60,), generator=torch.Generator().manual_seed(1)))
-    kernel = kernel_for(CONFIGS[2], (name,))
+    kernel = kernel_for(MIDDLE, (name,))
     assert run(kernel, Case(n=2816, k=2048, counts=counts, scheme_names=(name,) * 60)) is None
 
 
-def test_a_captured_graph_follows_the_offsets() -> None:
+@pytest.mark.parametrize("config", [DECODE, WGMMA_CONFIGS[1]])
+def test_a_captured_graph_follows_the_offsets(config: str) -> None:
     """The tile list is made on the GPU: replaying with other offsets, no host in between, gives the other answer."""
     names = ("w4a16_g128_sym", "w8a8_g-1_sym")
-    kernel = kernel_for(CONFIGS[1], names)
+    kernel = kernel_for(config, names)
     weights = torch.randn(4, 128, 256, device="cuda")
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     experts = Experts.from_weights(weights, [schemes.parse(names[e % 2]) for e in range(4)])
@@ -104,9 +128,12 @@ def test_a_captured_graph_follows_the_offsets() -> None:
         assert check_output(out, expected_of(x, weights, experts, offsets)) is None
 
 
-@pytest.mark.parametrize("bad", [(0, -5, 1000, 7, 64), (10, 5, 0, -3, 2), (0, 2**31 - 1, 0, 64, 64), (-9, -8, -7, -6, -5)])
-def test_offsets_out_of_range_stay_inside_the_tensors(bad: tuple[int, ...]) -> None:
-    kernel = kernel_for(CONFIGS[1], ("w4a16_g128_sym",))
+@pytest.mark.parametrize("config", [DECODE, WGMMA_CONFIGS[1]])
+@pytest.mark.parametrize(
+    "bad", [(0, -5, 1000, 7, 64), (10, 5, 0, -3, 2), (0, 2**31 - 1, 0, 64, 64), (-9, -8, -7, -6, -5)]
+)
+def test_offsets_out_of_range_stay_inside_the_tensors(bad: tuple[int, ...], config: str) -> None:
+    kernel = kernel_for(config, ("w4a16_g128_sym",))
     experts = Experts.from_weights(torch.randn(4, 128, 256, device="cuda"), schemes.parse("w4a16_g128_sym"))
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     whole, out = poisoned(64, 128)
