@@ -9,22 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
 from kernel_gen.space import enumerate_configs, summarise
-from kernel_gen.sweeping import arguments, heatmap, progress, report
-from kernel_gen.sweeping.builds import can_compile, compiled
-from kernel_gen.sweeping.detect import describe, installed_gpus, matching_gpus
-from kernel_gen.sweeping.measuring import Bench, GpuBench, measure
-from kernel_gen.sweeping.plan import Backend, Cell, SweepRequest, plan
-from kernel_gen.sweeping.predict import KEPT_PER_CELL, predict, wanted_builds
-from kernel_gen.sweeping.run import SweepResult, run
-from profiles.errors import DataError, SpecError, UserError
-from profiles.records import ProfileRecord, Source
+from kernel_gen.sweeping import arguments, heatmap, report
+from kernel_gen.sweeping.backends import choose_source, sweep
+from kernel_gen.sweeping.measuring import Bench
+from kernel_gen.sweeping.plan import Cell, SweepRequest, plan
+from kernel_gen.sweeping.run import SweepResult
+from profiles.errors import DataError, UserError
+from profiles.records import Source
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -37,10 +35,12 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
     """
     try:
         options = arguments.parse(argv)
-        source = Source.MEASURED if bench else choose_source(options.request, options.backend)
+        source = Source.MEASURED if bench else choose_source(options.request, options.backend, options.ray_address)
         cells = plan(options.request)
         explained = explain(cells, options.request) if options.explain else {}
-        result = sweep(options.request, cells, source, live=not options.as_json, bench=bench)
+        result = sweep(
+            options.request, cells, source, live=not options.as_json, bench=bench, ray_address=options.ray_address
+        )
         picture = draw(options.request, result, source)
         show(options, result, source, picture, explained)
     except UserError as error:
@@ -50,67 +50,6 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
         print("sweep: interrupted; finished rows are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def choose_source(request: SweepRequest, backend: Backend) -> Source:
-    """Whether to measure or predict. With `auto` and no such GPU, says so on stderr; with `cuda`, SpecError."""
-    if backend is Backend.PREDICT:
-        return Source.PREDICTED
-    installed = installed_gpus()
-    if matching_gpus(request.gpu, installed):
-        return Source.MEASURED
-    if backend is Backend.CUDA:
-        raise SpecError(
-            f"--backend cuda wants a {request.gpu.name}, this machine has {describe(installed)}:"
-            " use --backend predict, or run where the GPU is"
-        )
-    print(
-        f"sweep: no {request.gpu.name} here ({describe(installed)} found), so latencies are predicted, not measured",
-        file=sys.stderr,
-    )
-    return Source.PREDICTED
-
-
-def sweep(
-    request: SweepRequest, cells: Sequence[Cell], source: Source, *, live: bool, bench: Bench | None = None
-) -> SweepResult:
-    """Make every row of `cells` that the profile lacks. UserError for what a user can mend; finished rows stay,
-    whatever happens.
-
-    WorkerError when a measuring process met a programming error.
-    """
-    if source is Source.PREDICTED:
-        return _predicted(request, cells, live=live)
-    if bench is not None:
-        return _measured(request, cells, bench, live=live)
-    with GpuBench(request.gpu, matching_gpus(request.gpu, installed_gpus()), request.bundle, request.limit_s) as own:
-        return _measured(request, cells, own, live=live)
-
-
-def _measured(request: SweepRequest, cells: Sequence[Cell], bench: Bench, *, live: bool) -> SweepResult:
-    return run(request, cells, lambda had: measure(request, cells, bench, had, live=live), source=Source.MEASURED)
-
-
-def _predicted(request: SweepRequest, cells: Sequence[Cell], *, live: bool) -> SweepResult:
-    compile_now = request.bundle is None and can_compile()
-    if request.bundle is None and not compile_now:
-        print(
-            "sweep: no compiler here, so build facts are estimates; pip install 'bitile[compile]' for real ones",
-            file=sys.stderr,
-        )
-
-    def rows(_: Mapping[str, ProfileRecord]) -> Iterator[ProfileRecord]:
-        wanted = wanted_builds(request, cells) if compile_now else []
-        with progress.phase("built", len(wanted), live=live) as bar:
-            built = compiled(wanted, request.gpu, bar.step)
-        with progress.phase(
-            "predicted", sum(min(KEPT_PER_CELL, len(cell.configs)) for cell in cells), live=live
-        ) as bar:
-            for record in predict(request, cells, built):
-                yield record
-                bar.step(f"{record.model} {record.linear} {record.config.name}")
-
-    return run(request, cells, rows, source=Source.PREDICTED)
 
 
 def explain(cells: Sequence[Cell], request: SweepRequest) -> dict[str, str]:

@@ -53,13 +53,15 @@ def bundled(bundle: Bundle, workload: Workload) -> Mapping[KernelConfig, Built]:
     return found
 
 
-def compiled(specs: Sequence[KernelSpec], gpu: GpuSpec, on_done: Callable[[str], None]) -> dict[KernelSpec, Built]:
+def compiled(
+    specs: Sequence[KernelSpec], gpu: GpuSpec, on_done: Callable[[str], None], *, jobs: int | None = None
+) -> dict[KernelSpec, Built]:
     """Compile what the cache lacks, in parallel, and judge it by the gate. `on_done` is told of each kernel's label as
     it is ready.
 
     UserError when a tool of the `compile` extra is missing.
     """
-    return {outcome.spec: _judge(outcome, gpu) for outcome in _outcomes(specs, on_done)}
+    return {outcome.spec: _judge(outcome, gpu) for outcome in _outcomes(specs, on_done, jobs)}
 
 
 def _judge(outcome: Outcome, gpu: GpuSpec) -> Built:
@@ -72,7 +74,9 @@ def _judge(outcome: Outcome, gpu: GpuSpec) -> Built:
     return Built(fingerprint=spec.fingerprint(), facts=outcome.facts(gpu))
 
 
-def _outcomes(specs: Sequence[KernelSpec], on_done: Callable[[str], None]) -> Iterator[Outcome]:
+def _outcomes(
+    specs: Sequence[KernelSpec], on_done: Callable[[str], None], jobs: int | None = None
+) -> Iterator[Outcome]:
     """Cached kernels first, then the others as they are compiled. Imports what only the `compile` extra installs."""
     if not specs:
         return
@@ -88,7 +92,7 @@ def _outcomes(specs: Sequence[KernelSpec], on_done: Callable[[str], None]) -> It
         else:
             on_done(spec.label)
             yield artifact
-    yield from compile_all(missing, cache, on_outcome=lambda outcome: on_done(outcome.spec.label))
+    yield from compile_all(missing, cache, jobs=jobs, on_outcome=lambda outcome: on_done(outcome.spec.label))
 
 
 def build_bundle(specs: Sequence[KernelSpec], gpu: GpuSpec, out_dir: Path, on_done: Callable[[str], None]) -> Bundle:

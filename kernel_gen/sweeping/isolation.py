@@ -202,39 +202,46 @@ class WorkerPool:
 
         Raises WorkerError on a programming error in a worker, or when one cannot start.
         """
-        queue = _Queue(candidates)
-        current: dict[int, deque[Candidate]] = {}
+        queue = WorkQueue(candidates, len(self._workers))
         while True:
             for index, worker in enumerate(self._workers):
                 if worker.ready and worker.candidate is None:
-                    todo = current.get(index) or queue.next_group()
-                    if todo:
-                        current[index] = todo
-                        worker.give(todo.popleft())
-            busy = [worker for worker in self._workers if worker.candidate is not None]
-            if not busy and not queue and not any(current.values()):
+                    candidate = queue.next_for(index)
+                    if candidate is not None:
+                        worker.give(candidate)
+            if not queue and all(worker.candidate is None for worker in self._workers):
                 return
             listening = [worker for worker in self._workers if worker.candidate is not None or not worker.ready]
             nearest = min(worker.deadline_s for worker in listening)
             wait([worker.connection for worker in listening], timeout=max(0.0, nearest - monotonic_s()) + 0.01)
             for worker in listening:
-                candidate = worker.candidate
+                given = worker.candidate
                 measurement = worker.listen()
-                if candidate is not None and measurement is not None:
-                    yield candidate, measurement
+                if given is not None and measurement is not None:
+                    yield given, measurement
 
 
-class _Queue:
-    """Candidates grouped by workload, in the order given."""
+class WorkQueue:
+    """Candidates for several workers, by workload in the order given; a worker keeps to one while it lasts."""
 
-    def __init__(self, candidates: Iterable[Candidate]) -> None:
+    def __init__(self, candidates: Iterable[Candidate], num_workers: int) -> None:
         groups: dict[object, deque[Candidate]] = {}
         for candidate in candidates:
             groups.setdefault(candidate.workload, deque()).append(candidate)
         self._groups = deque(groups.values())
+        self._current: list[deque[Candidate]] = [deque() for _ in range(num_workers)]
 
-    def next_group(self) -> deque[Candidate]:
-        return self._groups.popleft() if self._groups else deque()
+    def next_for(self, worker: int) -> Candidate | None:
+        """The worker's next candidate; None when there is none left for it."""
+        if not self._current[worker] and self._groups:
+            self._current[worker] = self._groups.popleft()
+        return self._current[worker].popleft() if self._current[worker] else None
+
+    def give_up(self, worker: int) -> None:
+        """Put back what a lost worker would have done."""
+        if self._current[worker]:
+            self._groups.append(self._current[worker])
+            self._current[worker] = deque()
 
     def __bool__(self) -> bool:
-        return bool(self._groups)
+        return bool(self._groups) or any(self._current)

@@ -1,7 +1,8 @@
-"""A bench without a GPU: the sweep's command line over devices that replay made-up latencies and misbehave where told to.
+"""A bench without a GPU: the sweep's command over devices that replay made-up latencies and misbehave where told to.
 
-`python -m tests.kernel_gen.sweep.replay FOLDER [BEHAVIOUR] -- ARGUMENTS` runs the real command. BEHAVIOUR is JSON, {"3": "hang"}: what the third
-candidate that starts does. Every candidate that starts adds a line to FOLDER/started, every one that finishes to FOLDER/finished.
+`python -m tests.kernel_gen.sweep.replay FOLDER [BEHAVIOUR] -- ARGUMENTS` runs the real command. BEHAVIOUR is JSON,
+{"3": "hang"}: what the third candidate that starts does. Every candidate that starts adds a line to FOLDER/started,
+every one that finishes to FOLDER/finished. With REPLAY_RAY in the environment the devices are a Ray cluster's.
 """
 
 import ctypes
@@ -16,7 +17,9 @@ from pathlib import Path
 from kernel_gen.sweep import main
 from kernel_gen.sweeping.builds import Built
 from kernel_gen.sweeping.candidates import Candidate, Measurement
+from kernel_gen.sweeping.cluster import ClusterPool
 from kernel_gen.sweeping.isolation import WorkerPool
+from profiles.errors import DataError
 from profiles.gpus import gpu
 from profiles.records import Status
 
@@ -103,8 +106,28 @@ class ReplayBench:
     def find(self, candidate: Candidate) -> Built:
         return Built(fingerprint=candidate.spec(gpu("rtx4090")).fingerprint())
 
-    def pool(self) -> WorkerPool:
-        return WorkerPool(self._factories, limit_s=self._limit_s)
+    def pool(self) -> WorkerPool | ClusterPool:
+        if "REPLAY_RAY" not in os.environ:
+            return WorkerPool(self._factories, limit_s=self._limit_s)
+        return ClusterPool(
+            os.environ["REPLAY_RAY"],
+            ReplayMaker(self._factories[0]),
+            {"manifest.json": b"{}"},
+            limit_s=self._limit_s,
+            num_actors=len(self._factories),
+            resources={"num_cpus": 1},
+            on_refusal=lambda reason: print(reason, file=sys.stderr),
+        )
+
+
+@dataclass(frozen=True)
+class ReplayMaker:
+    factory: ReplayFactory
+
+    def __call__(self, bundle: Path) -> ReplayFactory:
+        if (bundle / "manifest.json").read_bytes() != b"{}":
+            raise DataError("the bundle did not travel")
+        return self.factory
 
 
 def latency_us(candidate: Candidate) -> float:
@@ -120,8 +143,14 @@ def note(path: Path, candidate: Candidate) -> None:
         )
 
 
+def run(argv: Sequence[str]) -> int:
+    split = argv.index("--")
+    behaviour = json.loads(argv[1]) if split > 1 else {}
+    bench = ReplayBench(Path(argv[0]), behaviour, gpus=int(os.environ.get("REPLAY_GPUS", "1")))
+    return main(argv[split + 1 :], bench=bench)
+
+
 if __name__ == "__main__":
-    split = sys.argv.index("--")
-    where = Path(sys.argv[1])
-    told = json.loads(sys.argv[2]) if split > 2 else {}
-    sys.exit(main(sys.argv[split + 1 :], bench=ReplayBench(where, told, gpus=int(os.environ.get("REPLAY_GPUS", "1")))))
+    from tests.kernel_gen.sweep import replay  # its classes travel by this name, not as __main__'s
+
+    sys.exit(replay.run(sys.argv[1:]))

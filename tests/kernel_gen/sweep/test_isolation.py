@@ -1,4 +1,4 @@
-"""Whatever a candidate or the machine does, no finished row is lost: the real command in its own process, over the replay bench."""
+"""Whatever a candidate or the machine does, no finished row is lost: the real command over the replay bench."""
 
 import json
 import os
