@@ -165,11 +165,18 @@ def store(path: Path, folder: Path = BASELINES) -> Path:
 
 def show(comparisons: Sequence[Comparison], console: Console) -> None:
     """Print one row a benchmark, those that changed most first, and the totals."""
-    table = Table(
-        "benchmark", "baseline us", "now us", "now / baseline", "noise", "verdict", title="Speed against the baseline"
-    )
+    table = Table(title="Speed against the baseline")
+    table.add_column("benchmark", overflow="fold")
+    for heading in ("baseline us", "now us", "now / baseline", "noise", "verdict"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in sorted(comparisons, key=lambda row: -row.ratio if row.ratio == row.ratio else 0.0):
-        table.add_row(row.name, micros(row.baseline), micros(row.current), *relative(row), row.verdict.value)
+        table.add_row(
+            row.name.removeprefix("bench/test_"),
+            micros(row.baseline),
+            micros(row.current),
+            *relative(row),
+            row.verdict.value,
+        )
     console.print(table)
     verdicts = [row.verdict for row in comparisons]
     console.print(", ".join(f"{verdicts.count(verdict)} {verdict.value}" for verdict in Verdict if verdict in verdicts))
@@ -218,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: 0 when nothing is slower, 1 when something is, 2 on a mistake."""
     args = parser().parse_args(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         if args.store:
             console.print(f"stored {store(args.current, args.baseline or BASELINES)}")

@@ -1,5 +1,6 @@
-"""Speed of quantising, packing and unpacking weights on the CPU, one thread, for every scheme that some kernel runs."""
+"""Speed of quantising, packing and unpacking, CPU time of one thread, for every scheme that some kernel runs."""
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ torch = pytest.importorskip("torch")
 from kernel_gen.formats import pack, quantize, unpack  # noqa: E402 - needs torch
 from profiles.schemes import KERNEL_SCHEMES, QuantScheme  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("keep_torch_on_one_thread")
+pytestmark = [pytest.mark.usefixtures("keep_torch_on_one_thread"), pytest.mark.benchmark(timer=time.process_time)]
 
 NUM_EXPERTS, N, K = 2, 1024, 2048
 SIZE = {"weights": NUM_EXPERTS * N * K}
@@ -28,15 +29,15 @@ def scheme(request: pytest.FixtureRequest) -> QuantScheme:
 
 def test_quantize(benchmark: Any, stack: Any, scheme: QuantScheme) -> None:
     benchmark.extra_info |= SIZE
-    benchmark.pedantic(quantize, args=(stack, scheme), rounds=7, warmup_rounds=1)
+    benchmark.pedantic(quantize, args=(stack, scheme), rounds=21, warmup_rounds=1)
 
 
 def test_pack(benchmark: Any, stack: Any, scheme: QuantScheme) -> None:
     benchmark.extra_info |= SIZE
-    benchmark.pedantic(pack, args=(quantize(stack, scheme),), rounds=7, warmup_rounds=1)
+    benchmark.pedantic(pack, args=(quantize(stack, scheme),), rounds=21, warmup_rounds=1)
 
 
 def test_unpack(benchmark: Any, stack: Any, scheme: QuantScheme) -> None:
     benchmark.extra_info |= SIZE
     packed = pack(quantize(stack, scheme))
-    benchmark.pedantic(unpack, args=(packed,), rounds=7, warmup_rounds=1)
+    benchmark.pedantic(unpack, args=(packed,), rounds=21, warmup_rounds=1)
