@@ -90,10 +90,12 @@ def test_with_no_floor_slower_one_way_is_faster_the_other(
 
 
 def test_exit_code_1_on_a_regression_and_every_row_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = write(tmp_path / "old.json", {"a": (1.0, 0.01), "b": (1.0, 0.01), "c": (1.0, 0.01), "e": (1.0, 0.01)})
-    new = write(tmp_path / "new.json", {"a": (2.0, 0.01), "b": (0.5, 0.01), "c": (1.01, 0.01), "d": (1.0, 0.01)})
+    old = write(tmp_path / "old.json", {"a[w4]": (1.0, 0.01), "b": (1.0, 0.01), "c": (1.0, 0.01), "e": (1.0, 0.01)})
+    new = write(tmp_path / "new.json", {"a[w4]": (2.0, 0.01), "b": (0.5, 0.01), "c": (1.01, 0.01), "d": (1.0, 0.01)})
     assert main([str(old), str(new)]) == 1
-    assert "1 faster, 1 same, 1 slower, 1 new, 1 gone" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 faster, 1 same, 1 slower, 1 new, 1 gone" in printed
+    assert all(name in printed for name in ("a[w4]", "b", "c", "d", "e"))
 
 
 @pytest.mark.parametrize("now", [(1.05, 0.01), (0.5, 0.01)])
