@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gpu=gpu(options.gpu),
             model=find_model(options.model),
             out_dir=options.out,
-            slots=parse_slots(options.schemes) if options.schemes else EVERY_SCHEME,
+            slots=EVERY_SCHEME if options.schemes is None else parse_slots(options.schemes),
             effort=Effort(options.effort),
             jobs=options.jobs,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class Progress:
         self._bar.advance(self._task)
 
 
-def print_rejected(plan: Plan, file: TextIO = sys.stdout) -> None:
+def print_rejected(plan: Plan, file: TextIO) -> None:
     """Every configuration that the rules rejected, with all reasons, then how often each kind of reason came."""
     for item in plan.rejected:
         print(f"{_names(item.slots)} {item.config.name}: {'; '.join(item.reasons)}", file=file)

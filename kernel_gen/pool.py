@@ -25,7 +25,7 @@ from kernel_gen.kernels import KernelSpec
 from profiles.records import Status
 
 BYTES_PER_COMPILE = 1_200_000_000
-"""What one worker may take, with its disassembler: 0.55 GB was seen with four schemes and a 128x128 tile, 2026-11-24."""
+"""What a worker may take with its disassembler: four schemes on a 128x128 tile took 0.55 GB (2026-11-24)."""
 COMPILE_LIMIT_S = 120.0
 """A kernel that compiles longer than this has hung: the slowest known take a few seconds."""
 CGROUP = Path("/sys/fs/cgroup")

@@ -7,7 +7,7 @@ pytest.importorskip("cutlass", reason="compiling needs the extra 'compile'")
 from kernel_gen.cache import KernelCache
 from kernel_gen.compiler import Artifact
 from kernel_gen.pool import compile_into_cache
-from tests.kernel_gen.build.specs import SMALL
+from tests.kernel_gen.build.specs import OTHER, SMALL
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +35,9 @@ def copied_cache(shared_cache: KernelCache, small: Artifact, tmp_path: Path) -> 
     with cache.scratch_dir():
         cache.put(small)
     return cache
+
+
+@pytest.fixture(scope="session")
+def other(shared_cache: KernelCache) -> Artifact:
+    """A second small kernel."""
+    return compiled(shared_cache, OTHER)

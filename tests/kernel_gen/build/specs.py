@@ -13,6 +13,7 @@ def kernel_spec(*names: str, config: str = "mma_64x8_w4x1x1_s3_k1_at_o1", arch: 
 
 
 SMALL = kernel_spec("w4a16_g128_sym")
+OTHER = kernel_spec("w8a8_g-1_sym")
 SPILLING = kernel_spec("w4a16_g128_asym", config="mma_128x256_w2x2x1_s2_k1_at_o1")
 """256 accumulators a thread cannot fit 255 registers."""
 EMULATED = kernel_spec("w4a4_g-1_sym", arch="sm_90a")
