@@ -28,7 +28,7 @@ from profiles.errors import DataError, UserError
 
 BASELINES = Path(__file__).parent / "baselines"
 DEFAULT_FLOOR = 0.15
-"""CPU times of the same code differed by up to 13 % between runs on a machine of 2 cores with a load of 4, 2026-11-24."""
+"""CPU times of the same code differed by up to 13 % between runs; 2 cores under a load of 4, 2026-11-24."""
 KEPT_STATS = ("min", "q1", "median", "q3", "iqr", "max", "mean", "stddev", "rounds")
 
 
