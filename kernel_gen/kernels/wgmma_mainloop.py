@@ -43,7 +43,7 @@ class WgmmaMainloop:
 
     def tiled_mma(self):
         kind = CODE_TYPE[self.math]
-        major = warpgroup.OperandMajorMode.K
+        major = cute.nvgpu.OperandMajorMode.K
         return hopper.make_trivial_tiled_mma(
             kind,
             kind,
