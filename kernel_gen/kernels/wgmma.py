@@ -153,7 +153,7 @@ class WgmmaKernel:
         stage = Int32(0)
         where = (table, lane, num_tiles, feature_tiles)
         if group == 0:
-            cute.arch.warpgroup_reg_dealloc(self.producer_registers)
+            cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp == 0:
                 phase = Int32(1)
                 for tile in cutlass.range(first, num_tiles, ctas, unroll=1):
@@ -175,7 +175,7 @@ class WgmmaKernel:
                                 layouts[s],
                             )
         else:
-            cute.arch.warpgroup_reg_alloc(self.consumer_registers)
+            cute.arch.setmaxregister_increase(self.consumer_registers)
             phase = Int32(0)
             for tile in cutlass.range(first, num_tiles, ctas, unroll=1):
                 row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
