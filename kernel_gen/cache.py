@@ -22,7 +22,7 @@ from kernel_gen.compiler import Artifact, dsl_version
 from kernel_gen.gate import CodeFacts
 from kernel_gen.kernels import KernelSpec
 
-ENTRY_VERSION = 1
+ENTRY_VERSION = 2
 """Goes up when what an entry holds, or how its facts are read from the code, changes."""
 SCRATCH_PREFIX = ".scratch-"
 LEFTOVER_AGE_S = 3600.0

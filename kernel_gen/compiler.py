@@ -73,7 +73,7 @@ def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
         seconds = time.perf_counter() - started
         cubin = Path(scratch, f"{spec.name}.cubin")
         cubin.write_bytes(compiled.__cubin__)
-        code = inspect_cubin(cubin, ptxas_log=log.getvalue())
+        code = inspect_cubin(cubin, arch=spec.arch, ptxas_log=log.getvalue())
     return Artifact(spec=spec, object_path=object_path, code=code, compile_seconds=seconds)
 
 

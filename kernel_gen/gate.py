@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from costmodel.facts import BuildFacts
-from costmodel.occupancy import occupancy
+from costmodel.occupancy import SMEM_RESERVED_PER_CTA_BYTES, occupancy
 from kernel_gen import legality
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.smem import smem_bytes
@@ -24,6 +24,7 @@ from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec, Math
 from profiles.kernels import Family
 
+FIRST_REPORTED_RESERVE = 90
 TOOL_SECONDS = 60.0
 """A disassembler that needs longer than this has hung: 0.2 s is usual."""
 
@@ -43,7 +44,7 @@ MEANT_INSTRUCTION: dict[tuple[Family, Math], re.Pattern[str]] = {
 
 _OPCODE = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_PTXAS_WARNING = re.compile(r"\bC75\d\d\b[^\n]*")
+_PTXAS_WARNING = re.compile(r"\((C75\d\d)\) (.+?) in the function")
 _LOCAL_WIDTH = re.compile(r"\.(128|64|U?S?16|U?S?8)\b")
 
 
@@ -64,7 +65,7 @@ class CodeFacts:
     ptxas_warnings: tuple[str, ...] = ()
 
 
-def inspect_cubin(cubin: Path, *, ptxas_log: str = "") -> CodeFacts:
+def inspect_cubin(cubin: Path, *, arch: str, ptxas_log: str = "") -> CodeFacts:
     """The facts of a cubin that holds one kernel. DataError when the tools cannot read it; UserError when a tool is not
     installed.
     """
@@ -75,11 +76,11 @@ def inspect_cubin(cubin: Path, *, ptxas_log: str = "") -> CodeFacts:
     opcodes = _OPCODE.findall(_run(find_tool("nvdisasm"), "--print-code", cubin))
     return CodeFacts(
         registers_per_thread=registers,
-        static_smem_bytes=shared,
+        static_smem_bytes=shared - _reserved_smem_bytes(arch),
         stack_bytes=stack,
         spill_bytes=sum(_local_bytes(opcode) for opcode in opcodes if opcode.split(".")[0] in ("LDL", "STL")),
         mma_instructions=tuple(sorted({opcode for opcode in opcodes if opcode.split(".")[0].endswith("MMA")})),
-        ptxas_warnings=tuple(dict.fromkeys(_PTXAS_WARNING.findall(ptxas_log))),
+        ptxas_warnings=_ptxas_warnings(ptxas_log),
     )
 
 
@@ -129,6 +130,19 @@ def _missing_instructions(code: CodeFacts, spec: KernelSpec) -> list[str]:
                 f"{math.value} is emulated on {spec.arch}: {name} is not in the machine code, which has {found}"
             )
     return missing
+
+
+def _ptxas_warnings(log: str) -> tuple[str, ...]:
+    """The C75xx remarks of ptxas, each once; the DSL has wrapped their lines, and the kernel's mangled name is cut."""
+    found = _PTXAS_WARNING.findall(" ".join(log.split()))
+    return tuple(dict.fromkeys(f"{number}: {text}" for number, text in found))
+
+
+def _reserved_smem_bytes(arch: str) -> int:
+    """Shared memory that the system keeps for itself in every CTA and that cuobjdump reports as the kernel's from sm_90
+    on; `costmodel.occupancy` adds it on every GPU.
+    """
+    return SMEM_RESERVED_PER_CTA_BYTES if int(arch.removeprefix("sm_").rstrip("af")) >= FIRST_REPORTED_RESERVE else 0
 
 
 def _local_bytes(opcode: str) -> int:

@@ -16,6 +16,8 @@ SMALL = kernel_spec("w4a16_g128_sym")
 OTHER = kernel_spec("w8a8_g-1_sym")
 SPILLING = kernel_spec("w4a16_g128_asym", config="mma_128x256_w2x2x1_s2_k1_at_o1")
 """256 accumulators a thread cannot fit 255 registers."""
+SERIALISED = kernel_spec("w4a16_g128_asym", config="wgmma_128x256_w4x1x1_s2_k1_at_o1", arch="sm_90a")
+"""One warpgroup with 256 accumulators a thread leaves the wgmma pipeline no registers."""
 EMULATED = kernel_spec("w4a4_g-1_sym", arch="sm_90a")
 """Hopper has no int4 tensor cores."""
 REFUSED = kernel_spec("w8a8_g-1_sym_e4m3", arch="sm_80")

@@ -6,11 +6,10 @@ import pytest
 from kernel_gen import gate
 from kernel_gen.cache import KernelCache
 from kernel_gen.compiler import Artifact
-from kernel_gen.gate import CodeFacts
 from profiles.errors import DataError, UserError
 from profiles.gpus import gpu
 from tests.kernel_gen.build.conftest import compiled
-from tests.kernel_gen.build.specs import EMULATED, RTX4090, SMALL, SPILLING
+from tests.kernel_gen.build.specs import EMULATED, RTX4090, SERIALISED, SMALL, SPILLING
 
 
 def test_good_kernel_passes(small: Artifact) -> None:
@@ -72,7 +71,7 @@ def test_what_is_no_cubin_is_refused(tmp_path: Path) -> None:
     cubin = tmp_path / "broken.cubin"
     cubin.write_bytes(b"\x7fELF and nothing else")
     with pytest.raises(DataError, match=r"broken\.cubin"):
-        gate.inspect_cubin(cubin)
+        gate.inspect_cubin(cubin, arch="sm_89")
 
 
 @pytest.mark.parametrize(
@@ -82,12 +81,15 @@ def test_bytes_of_local_accesses(opcode: str, num_bytes: int) -> None:
     assert gate._local_bytes(opcode) == num_bytes
 
 
-def test_warnings_are_read_from_the_compilers_log(small: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n" * 2
-    monkeypatch.setattr(gate, "_run", lambda tool, option, cubin: "REG:40 STACK:0 SHARED:0 LOCAL:0")
-    code: CodeFacts = gate.inspect_cubin(Path("any.cubin"), ptxas_log=log)
-    assert len(code.ptxas_warnings) == 1
-    assert code.ptxas_warnings[0].startswith("C7510")
+def test_serialised_wgmma_is_found_in_the_compilers_log(shared_cache: KernelCache) -> None:
+    code = compiled(shared_cache, SERIALISED).code
+    assert [warning.split(":")[0] for warning in code.ptxas_warnings] == ["C7511"]
+    assert any("C7511" in reason for reason in gate.rejections(code, SERIALISED, gpu("h200")))
+
+
+def test_shared_memory_that_the_system_reserves_is_not_the_kernels(shared_cache: KernelCache, small: Artifact) -> None:
+    """Neither has static shared memory; on Hopper cuobjdump reports the system's 1 KiB."""
+    assert small.code.static_smem_bytes == compiled(shared_cache, EMULATED).code.static_smem_bytes == 0
 
 
 def test_missing_tool_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
