@@ -1,0 +1,25 @@
+"""Small launches of every scheme for compute-sanitizer (tests/run_sanitizer.py): each kernel once, on a ragged load with sizes off the tile."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("cutlass")
+
+from tests.kernel_gen.gpu_cases import Case, kernel_for, run  # noqa: E402
+from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SINGLE, WGMMA_CONFIGS  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+LOAD = (3, 0, 17, 1, 40, 0, 5)
+LARGE_TILES = (MIDDLE, WGMMA_CONFIGS[2])
+WATCHED = [(config, (name,)) for config, name in SINGLE if config in (DECODE, WGMMA_CONFIGS[1])]
+WATCHED += [(config, (name,)) for config, name in SINGLE if config in LARGE_TILES and ("128" in name or "a8" in name)]
+WATCHED += [(config, names) for config, names in MIXED if config in (DECODE, WGMMA_CONFIGS[1])]
+
+
+@pytest.mark.parametrize(("config", "names"), WATCHED)
+def test_a_small_launch(config: str, names: tuple[str, ...], record_property) -> None:
+    kernel = kernel_for(config, names)
+    record_property("kernel", f"{kernel.spec.label} {kernel.spec.fingerprint()}")
+    schemes = tuple(names[i % len(names)] for i in range(len(LOAD)))
+    assert run(kernel, Case(n=200, k=328, counts=LOAD, scheme_names=schemes)) is None
