@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kernel_gen.space import enumerate_configs, summarise
 from kernel_gen.sweeping import arguments, heatmap, report
-from kernel_gen.sweeping.backends import choose_source, sweep
+from kernel_gen.sweeping.backends import Choice, choose, sweep
 from kernel_gen.sweeping.measuring import Bench
 from kernel_gen.sweeping.plan import Cell, SweepRequest, plan
 from kernel_gen.sweeping.run import SweepResult
@@ -27,6 +27,8 @@ from profiles.records import Source
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
+MAX_FAILURES_SHOWN = 5
+
 
 def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> int:
     """Run the command line. 0: done; 2: a user's mistake, one sentence on stderr; 130: interrupted.
@@ -35,14 +37,16 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
     """
     try:
         options = arguments.parse(argv)
-        source = Source.MEASURED if bench else choose_source(options.request, options.backend, options.ray_address)
         cells = plan(options.request)
+        choice = (
+            Choice(source=Source.MEASURED) if bench else choose(options.request, options.backend, options.ray_address)
+        )
         explained = explain(cells, options.request) if options.explain else {}
         result = sweep(
-            options.request, cells, source, live=not options.as_json, bench=bench, ray_address=options.ray_address
+            options.request, cells, choice, live=not options.as_json, bench=bench, ray_address=options.ray_address
         )
-        picture = draw(options.request, result, source)
-        show(options, result, source, picture, explained)
+        picture = draw(options.request, result, choice.source)
+        show(options, result, choice.source, picture, explained)
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
@@ -95,6 +99,7 @@ def show(
             "rows": {"new": result.num_new, **result.counts},
             "best": [dataclasses.asdict(cell) | {"source": cell.source.value} for cell in result.best],
             "crossovers": [dataclasses.asdict(crossing) for crossing in crossings],
+            "failures": list(result.failures),
             "rejections": dict(explained),
         }
         print(json.dumps(body, indent=1))
@@ -103,6 +108,10 @@ def show(
     for label, text in explained.items():
         console.print(f"{label}: {text}", highlight=False)
     report.print_report(result.best, crossings, title=title(request, source), console=console)
+    for failure in result.failures[:MAX_FAILURES_SHOWN]:
+        console.print(f"failed: {failure}", highlight=False, markup=False, soft_wrap=True)
+    if len(result.failures) > MAX_FAILURES_SHOWN:
+        console.print(f"failed: {len(result.failures) - MAX_FAILURES_SHOWN} more, in the profile's column error")
     counts = ", ".join(f"{count} {status}" for status, count in sorted(result.counts.items()))
     console.print(
         f"{sum(result.counts.values())} rows ({counts}; {result.num_new} new) in {request.out}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from kernel_gen.sweeping import cluster, progress
 from kernel_gen.sweeping.builds import can_compile, compiled
@@ -12,7 +14,7 @@ from kernel_gen.sweeping.measuring import Bench, GpuBench, measure
 from kernel_gen.sweeping.plan import Backend, Cell, SweepRequest
 from kernel_gen.sweeping.predict import KEPT_PER_CELL, predict, wanted_builds
 from kernel_gen.sweeping.run import SweepResult, run
-from profiles.errors import SpecError
+from profiles.errors import SpecError, UserError
 from profiles.records import ProfileRecord, Source
 
 
@@ -21,10 +23,21 @@ def say(text: str) -> None:
     print(f"sweep: {text}", file=sys.stderr, flush=True)
 
 
-def choose_source(request: SweepRequest, backend: Backend, ray_address: str | None = None) -> Source:
-    """Whether to measure or predict. With `auto` and no such GPU, says so on stderr; with `cuda`, SpecError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Whether to measure or predict, and what the user should hear about it."""
+
+    source: Source
+    remark: str | None = None
+
+
+def choose(request: SweepRequest, backend: Backend, ray_address: str | None = None) -> Choice:
+    """By `--backend` and the GPUs that are there.
+
+    SpecError for `cuda` without the GPU; UserError when the GPU is there and what measuring needs is not installed.
+    """
     if backend is Backend.PREDICT:
-        return Source.PREDICTED
+        return Choice(source=Source.PREDICTED)
     if ray_address is not None:
         is_there, found = (
             bool(cluster.num_gpus(ray_address)),
@@ -34,20 +47,22 @@ def choose_source(request: SweepRequest, backend: Backend, ray_address: str | No
         installed = installed_gpus()
         is_there, found = bool(matching_gpus(request.gpu, installed)), describe(installed)
     if is_there:
-        return Source.MEASURED
+        if ray_address is None and not all(importlib.util.find_spec(name) for name in ("torch", "tvm_ffi")):
+            raise UserError("measuring needs torch: pip install 'bitile[torch]', or use --backend predict")
+        return Choice(source=Source.MEASURED)
     if backend is Backend.CUDA:
         raise SpecError(
-            f"--backend cuda wants a {request.gpu.name}, but found was {found}:"
+            f"--backend cuda needs the GPU {request.gpu.name}, and {found} was found:"
             " use --backend predict, or run where the GPU is"
         )
-    say(f"no {request.gpu.name} here ({found} found), so latencies are predicted, not measured")
-    return Source.PREDICTED
+    remark = f"no {request.gpu.name} here ({found} found), so latencies are predicted, not measured"
+    return Choice(source=Source.PREDICTED, remark=remark)
 
 
 def sweep(
     request: SweepRequest,
     cells: Sequence[Cell],
-    source: Source,
+    choice: Choice,
     *,
     live: bool = False,
     bench: Bench | None = None,
@@ -58,8 +73,8 @@ def sweep(
     `bench` replaces the machine's GPUs. UserError for what a user can mend, WorkerError when a measuring process met a
     programming error; finished rows stay, whatever happens.
     """
-    if source is Source.PREDICTED:
-        return _predicted(request, cells, ray_address, live=live)
+    if choice.source is Source.PREDICTED:
+        return _predicted(request, cells, choice.remark, ray_address, live=live)
     if bench is not None:
         return _measured(request, cells, bench, live=live)
     with _bench(request, ray_address) as own:
@@ -76,8 +91,12 @@ def _measured(request: SweepRequest, cells: Sequence[Cell], bench: Bench, *, liv
     return run(request, cells, lambda had: measure(request, cells, bench, had, live=live), source=Source.MEASURED)
 
 
-def _predicted(request: SweepRequest, cells: Sequence[Cell], ray_address: str | None, *, live: bool) -> SweepResult:
+def _predicted(
+    request: SweepRequest, cells: Sequence[Cell], remark: str | None, ray_address: str | None, *, live: bool
+) -> SweepResult:
     def rows(_: Mapping[str, ProfileRecord]) -> Iterator[ProfileRecord]:
+        if remark is not None:
+            say(remark)  # only now: a request that is refused has one sentence
         made = (
             _predict_here(request, cells, live=live)
             if ray_address is None

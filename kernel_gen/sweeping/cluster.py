@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from kernel_gen.sweeping.predict import by_kernel, predict, wanted_builds
 from profiles import gpus
 from profiles.errors import SpecError, UserError
 from profiles.records import ProfileRecord, Status
+
+PROBE_S = 5.0
+"""A head node that does not accept a connection in this time is not there."""
 
 
 class FactoryMaker(Protocol):
@@ -60,6 +64,7 @@ def connect(address: str) -> Any:
     import ray
 
     if not ray.is_initialized():
+        _probe(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError) as error:
@@ -68,6 +73,20 @@ def connect(address: str) -> Any:
                 f"no Ray cluster answers at {address} ({reason}): start one with ray start --head"
             ) from None
     return ray
+
+
+def _probe(address: str) -> None:
+    """UserError unless something listens at `address`: Ray itself would go on trying for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise SpecError(f"--ray {address!r}: it is auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"no Ray cluster answers at {address} ({reason}): start one with ray start --head") from None
 
 
 def num_gpus(address: str) -> int:

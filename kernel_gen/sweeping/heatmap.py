@@ -30,13 +30,10 @@ def draw(cells: Sequence[Cell], *, title: str, path: Path) -> None:
     """
     everything = panels(cells)
     groups = everything[:MAX_PANELS]
-    widest = max(len({cell.tokens for cell in panel}) for panel in groups)
-    tallest = max(len({cell.scheme for cell in panel}) for panel in groups)
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
-    figure = Figure(
-        figsize=(columns * (2.6 + 0.82 * widest), 0.7 + rows * (1.5 + 0.38 * tallest)), layout="constrained", dpi=130
-    )
+    size = _panel_inches(groups)
+    figure = Figure(figsize=(columns * size[0], 0.9 + rows * size[1]), layout="constrained", dpi=130)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, panel in zip(axes, groups, strict=False):
         _panel(figure, axis, panel)
@@ -55,6 +52,14 @@ def draw(cells: Sequence[Cell], *, title: str, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(partial, format="png")
     partial.replace(path)
+
+
+def _panel_inches(groups: Sequence[Sequence[Cell]]) -> tuple[float, float]:
+    """Width and height that the panel with the most cells, or the longest label, needs."""
+    widest = max(len({cell.tokens for cell in panel}) for panel in groups)
+    tallest = max(len({cell.scheme for cell in panel}) for panel in groups)
+    label = max(len(cell.scheme) for panel in groups for cell in panel)
+    return 1.6 + 0.075 * label + 0.82 * max(widest, 4), 1.4 + 0.38 * max(tallest, 3)
 
 
 def _panel(figure: Figure, axis: Axes, panel: Sequence[Cell]) -> None:

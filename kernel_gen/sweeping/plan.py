@@ -4,6 +4,7 @@ ranked by the analytic model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -21,7 +22,7 @@ from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GpuSpec
 from profiles.kernels import KernelConfig
 from profiles.loads import GENERATORS, TokenLoad, generate, read_trace
-from profiles.models import MoeShape
+from profiles.models import MODELS, MoeShape, find_model
 from profiles.schemes import KERNEL_SCHEMES, QuantScheme
 
 LINEARS = ("gate_up", "down", "shared_gate_up", "shared_down")
@@ -159,20 +160,33 @@ def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
 
 
 def _generated(request: SweepRequest, model: MoeShape, kind: str) -> Iterator[LoadCase]:
+    whole, ranks = _whole(model)
     for tokens in request.tokens:
-        yield LoadCase(
-            kind=kind, tokens=tokens, load=generate(kind, model.num_experts, tokens, model.top_k, request.seed)
-        )
+        load = generate(kind, whole.num_experts, tokens, whole.top_k, request.seed).expert_parallel(ranks, 0)
+        if load.total:
+            yield LoadCase(kind=kind, tokens=tokens, load=load)
 
 
 def _traced(model: MoeShape, path: Path) -> Iterator[LoadCase]:
+    whole, ranks = _whole(model)
     for layer, load in read_trace(path).items():
-        if load.num_experts != model.num_experts:
+        if load.num_experts != whole.num_experts:
             raise SpecError(
-                f"{path}: {load.source} has {load.num_experts} experts, {model.name} has {model.num_experts}"
+                f"{path}: {load.source} has {load.num_experts} experts, {whole.name} has {whole.num_experts}"
             )
-        if load.total:
-            yield LoadCase(kind=f"{path.name} layer {layer}", tokens=-(-load.total // model.top_k), load=load)
+        share = load.expert_parallel(ranks, 0)
+        if share.total:
+            yield LoadCase(kind=f"{path.name} layer {layer}", tokens=-(-load.total // whole.top_k), load=share)
+
+
+def _whole(model: MoeShape) -> tuple[MoeShape, int]:
+    """The model that an expert-parallel slice is of, and its ranks: loads are the whole model's, of which rank 0 gets its
+    experts' share.
+    """
+    sliced = re.search(r"-ep([1-9]\d*)", model.name, re.ASCII)
+    if sliced is None or (name := model.name.replace(sliced[0], "")).split("-tp")[0] not in MODELS:
+        return model, 1
+    return find_model(name), int(sliced[1])
 
 
 def _workloads(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[Workload]:

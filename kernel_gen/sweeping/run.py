@@ -23,11 +23,15 @@ from profiles.store import ProfileStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult:
-    """What a sweep found: the best of each cell, how many rows are new, how all its rows ended (counts by status)."""
+    """What a sweep found: the best of each cell, how many rows are new, how all its rows ended (counts by status).
+
+    `failures` are sentences, one for each way in which a kernel failed.
+    """
 
     best: tuple[report.Cell, ...]
     num_new: int
     counts: Mapping[str, int]
+    failures: tuple[str, ...] = ()
 
 
 RowMaker = Callable[[Mapping[str, ProfileRecord]], Iterator[ProfileRecord]]
@@ -51,7 +55,19 @@ def run(request: SweepRequest, cells: Sequence[Cell], make_rows: RowMaker, *, so
                 num_new += store.append(record)
             rows.append(record)
     counts = Counter(record.status.value for record in rows)
-    return SweepResult(best=tuple(best_of(cells, rows)), num_new=num_new, counts=dict(counts))
+    return SweepResult(
+        best=tuple(best_of(cells, rows)), num_new=num_new, counts=dict(counts), failures=tuple(_failures(rows))
+    )
+
+
+def _failures(rows: Iterable[ProfileRecord]) -> list[str]:
+    """What failed and how, a kernel's same failure under several loads once."""
+    found = {}
+    for row in rows:
+        if row.status is not Status.OK:
+            schemes = "+".join(dict.fromkeys(scheme.name for scheme in row.schemes))
+            found[f"{schemes} {row.config.name}, {row.status.value}: {row.error}"] = None
+    return list(found)
 
 
 def best_of(cells: Iterable[Cell], rows: Iterable[ProfileRecord]) -> Iterator[report.Cell]:

@@ -1,0 +1,66 @@
+"""Which workloads and loads a request comes to."""
+
+from pathlib import Path
+
+import pytest
+
+from kernel_gen.space import Effort, candidates
+from kernel_gen.sweeping.plan import SweepRequest, load_cases, plan
+from profiles import schemes
+from profiles.gpus import gpu
+from profiles.loads import generate
+from profiles.models import find_model
+
+
+def request(
+    model: str, *, linears: tuple[str, ...] = ("gate_up",), loads: tuple[str, ...] = ("uniform",)
+) -> SweepRequest:
+    return SweepRequest(
+        gpu=gpu("rtx4090"),
+        models=(find_model(model),),
+        linears=linears,
+        tokens=(1, 64),
+        loads=loads,
+        seed=3,
+        schemes=(schemes.parse("w4a16_g128_sym"),),
+        mixes=(),
+        effort=Effort.QUICK,
+        out=Path("unused.parquet"),
+    )
+
+
+def test_cells_are_every_linear_under_every_load_with_every_legal_configuration() -> None:
+    asked = request("qwen1.5-moe-a2.7b", linears=("gate_up", "down", "shared_gate_up", "shared_down"))
+    cells = plan(asked)
+    assert [
+        (cell.workload.linear, cell.workload.n, cell.workload.k, cell.workload.num_experts) for cell in cells[::2]
+    ] == [
+        ("gate_up", 2816, 2048, 60),
+        ("down", 2048, 1408, 60),
+        ("shared_gate_up", 11264, 2048, 1),
+        ("shared_down", 2048, 5632, 1),
+    ]
+    legal = set(candidates(asked.schemes, asked.gpu, Effort.QUICK))
+    assert all(set(cell.configs) == legal for cell in cells)
+    assert [cell.case.load.total for cell in cells] == [4, 256, 4, 256, 1, 64, 1, 64]
+
+
+def test_an_expert_parallel_rank_gets_its_share_of_the_whole_load() -> None:
+    asked = request("qwen3-30b-a3b-ep8-tp2", loads=("zipf",))
+    whole = find_model("qwen3-30b-a3b")
+    for case, tokens in zip(load_cases(asked, asked.models[0], "gate_up"), (1, 64), strict=False):
+        expected = generate("zipf", whole.num_experts, tokens, whole.top_k, 3).expert_parallel(8, 0)
+        if expected.total:
+            assert case.load.tokens_per_expert == expected.tokens_per_expert
+    (cell, *_) = plan(asked)
+    assert (cell.workload.num_experts, cell.workload.n) == (16, 768)
+
+
+def test_equal_loads_are_one_case() -> None:
+    asked = request("mixtral-8x7b", loads=("one_hot", "one_hot"))
+    assert len(list(load_cases(asked, asked.models[0], "gate_up"))) == 2
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss-20b", "mixtral-8x7b-ep4"])
+def test_every_model_has_cells(name: str) -> None:
+    assert all(cell.configs for cell in plan(request(name, linears=("gate_up", "down"))))
