@@ -1,9 +1,29 @@
-"""The decision: which bits every block of weights gets, within a budget, with a certified gap.
+"""The decision: which bits every linear of every expert gets, within a budget, with a certified gap.
 
-solve_arrays is the solver on plain arrays.
+solve        `python -m allocator.solve`
+allocate     Sensitivity, CostTable and Budget -> Allocation
+sensitivity, budget, allocation    the nouns and their files
+arrays       solve_arrays: the solver on plain arrays; checks reads its arguments
+problem      one scheme per item, minimum cost, limits
+solver       the steps: dual (prices and bound), primal (rounding), core (exact search), integer (HiGHS); launches (k schemes)
 """
 
+from allocator.allocate import Options, allocate
+from allocator.allocation import Allocation, Granularity
 from allocator.arrays import InfeasibleError, Solution, solve_arrays
-from allocator.search import Effort
+from allocator.budget import Budget
+from allocator.sensitivity import Sensitivity
+from allocator.solver import Effort
 
-__all__ = ["Effort", "InfeasibleError", "Solution", "solve_arrays"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "Effort",
+    "Granularity",
+    "InfeasibleError",
+    "Options",
+    "Sensitivity",
+    "Solution",
+    "allocate",
+    "solve_arrays",
+]

@@ -12,7 +12,8 @@ from allocator.checks import Prepared, prepare
 from allocator.dual import Unreachable, independent, reach
 from allocator.launches import LaunchOracle
 from allocator.problem import Floats, Ints, Problem, Resource
-from allocator.search import Effort, Outcome, relative_gap, solve, solve_launches
+from allocator.segments import solve_any
+from allocator.solver import Effort, Outcome, relative_gap
 from profiles.errors import SpecError, UserError
 
 
@@ -84,7 +85,7 @@ def solve_arrays(
     effort = effort or Effort()
     problem = prepared.problem
     oracle = _launch_oracle(prepared, max_schemes)
-    outcome = solve(problem, effort) if oracle is None else solve_launches(problem, oracle, effort)
+    outcome = solve_any(problem, oracle, effort)
     if outcome.found.assignment is None:
         raise InfeasibleError(explain_infeasible(problem, oracle, outcome, effort))
     return _solution(prepared, outcome)
@@ -157,7 +158,7 @@ def _needs(problem: Problem, resource: Resource, oracle: LaunchOracle | None, ef
     scale = max(float(np.where(np.isinf(cost), 0.0, cost).max()), 1e-300)
     swapped = replace(problem, cost=(cost - least) / scale, resources=others, offset=float(least.sum()), scale=scale)
     if others:
-        outcome = solve(swapped, effort) if oracle is None else solve_launches(swapped, oracle, effort)
+        outcome = solve_any(swapped, oracle, effort)
         assignment = outcome.found.assignment
     else:
         assignment = (oracle or independent)(swapped, np.zeros(0), 1.0)[1]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -31,13 +35,14 @@ def finish(problem: Problem, dual: Dual, found: Found, *, most_variables: int, s
     once = LinearConstraint(csr_array(coo_array((np.ones(owner.size), (owner, np.arange(owner.size))))), 1.0, 1.0)
     rows, room = _rows(problem, core, items, schemes)
     for tighten in _TIGHTEN:
-        result = milp(
-            objective,
-            constraints=[once, LinearConstraint(csr_array(rows), -np.inf, room - tighten)],
-            integrality=np.ones(owner.size),
-            bounds=Bounds(0.0, 1.0),
-            options={"mip_rel_gap": 0.0, "time_limit": seconds},
-        )
+        with _quiet():
+            result = milp(
+                objective,
+                constraints=[once, LinearConstraint(csr_array(rows), -np.inf, room - tighten)],
+                integrality=np.ones(owner.size, dtype=np.int64),
+                bounds=Bounds(0.0, 1.0),
+                options={"mip_rel_gap": 0.0, "time_limit": seconds},
+            )
         if tighten == 0.0:
             if result.status == 2 and found.assignment is None:
                 return Found(assignment=None, cost=np.inf, bound=np.inf, complete=True)
@@ -52,6 +57,20 @@ def finish(problem: Problem, dual: Dual, found: Found, *, most_variables: int, s
         if problem.fits(assignment):
             return _better(problem, found, assignment, proven=result.status == 0 and tighten == 0.0)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard output closed to HiGHS, which prints a line there whenever it mends a solution, whatever it is told."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _better(problem: Problem, found: Found, assignment: Ints, *, proven: bool) -> Found:

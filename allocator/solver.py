@@ -112,6 +112,9 @@ def _deepen(
 def solve_launches(problem: Problem, oracle: LaunchOracle, effort: Effort) -> Outcome:
     """With at most k schemes a launch: the dual over subsets bounds; settled subsets are solved as above, then chosen again at the
     prices found, until they repeat."""
+    free = solve(problem, effort)
+    if free.found.assignment is None or oracle.holds(free.found.assignment):
+        return free
     seeds = reach(problem, oracle)
     if isinstance(seeds, Unreachable):
         return _nothing()
