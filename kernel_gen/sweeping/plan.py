@@ -162,9 +162,9 @@ def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
 def _generated(request: SweepRequest, model: MoeShape, kind: str) -> Iterator[LoadCase]:
     whole, ranks = _whole(model)
     for tokens in request.tokens:
-        load = generate(kind, whole.num_experts, tokens, whole.top_k, request.seed).expert_parallel(ranks, 0)
-        if load.total:
-            yield LoadCase(kind=kind, tokens=tokens, load=load)
+        share = _share(generate(kind, whole.num_experts, tokens, whole.top_k, request.seed), ranks)
+        if share.total:
+            yield LoadCase(kind=kind, tokens=tokens, load=share)
 
 
 def _traced(model: MoeShape, path: Path) -> Iterator[LoadCase]:
@@ -174,9 +174,13 @@ def _traced(model: MoeShape, path: Path) -> Iterator[LoadCase]:
             raise SpecError(
                 f"{path}: {load.source} has {load.num_experts} experts, {whole.name} has {whole.num_experts}"
             )
-        share = load.expert_parallel(ranks, 0)
+        share = _share(load, ranks)
         if share.total:
             yield LoadCase(kind=f"{path.name} layer {layer}", tokens=-(-load.total // whole.top_k), load=share)
+
+
+def _share(load: TokenLoad, ranks: int) -> TokenLoad:
+    return load if ranks == 1 else load.expert_parallel(ranks, 0)
 
 
 def _whole(model: MoeShape) -> tuple[MoeShape, int]:

@@ -62,7 +62,7 @@ def run(request: SweepRequest, cells: Sequence[Cell], make_rows: RowMaker, *, so
 
 def _failures(rows: Iterable[ProfileRecord]) -> list[str]:
     """What failed and how, a kernel's same failure under several loads once."""
-    found = {}
+    found: dict[str, None] = {}
     for row in rows:
         if row.status is not Status.OK:
             schemes = "+".join(dict.fromkeys(scheme.name for scheme in row.schemes))

@@ -9,8 +9,9 @@ from costmodel.analytic import launch_latency
 from kernel_gen.cache import KernelCache
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort
+from kernel_gen.sweep import main
 from kernel_gen.sweeping.backends import Choice, sweep
-from kernel_gen.sweeping.builds import Built, can_compile, compiled
+from kernel_gen.sweeping.builds import Built, build_bundle, can_compile, compiled
 from kernel_gen.sweeping.candidates import Measurement
 from kernel_gen.sweeping.plan import Mix, SweepRequest, plan
 from kernel_gen.sweeping.predict import BUILDS_PER_KERNEL, KEPT_PER_CELL, least_regret, predict, wanted_builds
@@ -126,6 +127,28 @@ def test_what_was_built_has_real_facts_and_the_rerun_compiles_nothing(
     again = sweep(asked, cells, Choice(source=Source.PREDICTED))
     assert again.num_new == 0
     assert again.best == result.best
+
+
+@needs_compiler
+@pytest.mark.timeout(300)
+def test_a_bundle_gives_its_kernels_and_facts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BITILE_CACHE", str(tmp_path / "cache"))
+    asked = request(tmp_path / "p.parquet", "w4a16_g128_sym")
+    specs = wanted_builds(asked, plan(asked))[:2]
+    bundle = build_bundle(specs, asked.gpu, tmp_path / "bundle", lambda label: None)
+    words = ["--backend", "predict", "--bundle", str(bundle.path), "--model", "olmoe-1b-7b", "--tokens", "1,256"]
+    assert main(["--gpu", "rtx4090", *words, "--out", str(asked.out)]) == 0
+    rows = ProfileStore(asked.out).records()
+    assert set(rows["kernel_fingerprint"]) == {spec.fingerprint() for spec in specs}
+    assert len(rows) == 2 * 2 * 2
+    capsys.readouterr()
+
+    assert main(["--gpu", "l40s", *words, "--out", str(tmp_path / "l40s.parquet")]) == 2
+    assert "was built for rtx4090 (sm_89), not l40s" in capsys.readouterr().err
+    assert main(["--gpu", "rtx4090", *words, "--schemes", "w16a16", "--out", str(asked.out)]) == 2
+    assert "has no kernel for w16a16" in capsys.readouterr().err
 
 
 def test_a_mix_gives_every_scheme_its_share() -> None:
