@@ -192,8 +192,8 @@ class CudaDevice:
         self._clock = GpuClock()
         self._l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "driver": driver}
-        self._weights: _Weights | None = None
-        self._inputs: _Inputs | None = None
+        self._weights: Weights | None = None
+        self._inputs: Inputs | None = None
         self._problem: Measurement | None = None
 
     def prepare(self, candidate: Candidate) -> None:
@@ -205,8 +205,8 @@ class CudaDevice:
             if self._weights is None or self._weights.workload != candidate.workload:
                 self._weights = None
                 torch.cuda.empty_cache()
-                self._weights = _Weights.make(candidate.workload)
-            self._inputs = _Inputs.make(self._weights, candidate.load, self._l2_bytes)
+                self._weights = Weights.make(candidate.workload, "cuda")
+            self._inputs = Inputs.make(self._weights, candidate.load, self._l2_bytes)
             torch.cuda.synchronize()
         except torch.OutOfMemoryError as error:
             self._weights = self._inputs = None
@@ -229,7 +229,7 @@ class CudaDevice:
         except (torch.AcceleratorError, LaunchError) as error:  # sticky: nothing more can run in this process
             return _failed(Status.LAUNCH_ERROR, error, context_lost=True)
 
-    def _measured(self, kernel: Kernel, inputs: _Inputs) -> Measurement:
+    def _measured(self, kernel: Kernel, inputs: Inputs) -> Measurement:
         def launcher(experts: Experts) -> Launch:
             def launch() -> None:
                 kernel(inputs.activations, experts, inputs.offsets, out=inputs.output.y)
@@ -265,7 +265,7 @@ class CudaDevice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Weights:
+class Weights:
     """A workload's packed stacks, one a scheme, and which expert each entry is."""
 
     workload: Workload
@@ -273,11 +273,12 @@ class _Weights:
     members: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def make(cls, work: Workload) -> _Weights:
+    def make(cls, work: Workload, device: torch.device | str) -> Weights:
+        """Random and quantised. torch.OutOfMemoryError when they do not fit."""
         per_expert = work.schemes * work.num_experts if len(work.schemes) == 1 else work.schemes
         members = tuple(tuple(e for e, scheme in enumerate(per_expert) if scheme == slot) for slot in work.slots)
         stacks = tuple(
-            make_stack(slot, len(experts), work.n, work.k, seed, "cuda")
+            make_stack(slot, len(experts), work.n, work.k, seed, device)
             for seed, (slot, experts) in enumerate(zip(work.slots, members, strict=True))
         )
         return cls(workload=work, stacks=stacks, members=members)
@@ -295,10 +296,10 @@ class _Weights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Inputs:
+class Inputs:
     """A load's activations, output and reference, and the weights that launches read."""
 
-    weights: _Weights
+    weights: Weights
     load: TokenLoad
     activations: Activations
     offsets: Tensor
@@ -308,24 +309,26 @@ class _Inputs:
     sets: tuple[Experts, ...]
 
     @classmethod
-    def make(cls, weights: _Weights, load: TokenLoad, l2_bytes: int) -> _Inputs:
-        work = weights.workload
-        generator = torch.Generator(device="cuda").manual_seed(load.total)
-        x = torch.randn(load.total, work.k, generator=generator, device="cuda").to(torch.bfloat16)
+    def make(cls, weights: Weights, load: TokenLoad, l2_bytes: int) -> Inputs:
+        """Random activations, and what a launch should give for them. torch.OutOfMemoryError when they do not fit."""
+        work, device = weights.workload, weights.stacks[0].blob.device
+        generator = torch.Generator(device=device).manual_seed(load.total)
+        x = torch.randn(load.total, work.k, generator=generator, device=device).to(torch.bfloat16)
         counts = torch.tensor([0, *load.tokens_per_expert], dtype=torch.int32)
         entry_bytes = [stack.num_bytes // stack.num_experts for stack in weights.stacks]
         return cls(
             weights=weights,
             load=load,
             activations=prepare_activations(x, work.slots),
-            offsets=counts.cumsum(0, dtype=torch.int32).cuda(),
-            output=GuardedOutput.make(load.total, work.n, "cuda"),
+            offsets=counts.cumsum(0, dtype=torch.int32).to(device),
+            output=GuardedOutput.make(load.total, work.n, device),
             expected=reference(x, weights.stacks, weights.members, load),
             experts=Experts(weights.stacks, weights.members),
             sets=tuple(weights.sets(load, Rotation.of(weights.members, entry_bytes, load, l2_bytes))),
         )
 
     def serves(self, candidate: Candidate) -> bool:
+        """Whether these are the candidate's inputs."""
         return self.weights.workload == candidate.workload and self.load == candidate.load
 
 

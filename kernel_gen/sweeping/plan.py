@@ -184,9 +184,7 @@ def _share(load: TokenLoad, ranks: int) -> TokenLoad:
 
 
 def _whole(model: MoeShape) -> tuple[MoeShape, int]:
-    """The model that an expert-parallel slice is of, and its ranks: loads are the whole model's, of which rank 0 gets its
-    experts' share.
-    """
+    """The model that an expert-parallel slice is of, and its ranks: rank 0 gets its share of the whole model's load."""
     sliced = re.search(r"-ep([1-9]\d*)", model.name, re.ASCII)
     if sliced is None or (name := model.name.replace(sliced[0], "")).split("-tp")[0] not in MODELS:
         return model, 1

@@ -41,6 +41,8 @@ class ReplayDevice:
         self._folder, self._behaviour = folder, behaviour
 
     def prepare(self, candidate: Candidate) -> None:
+        if "out of bounds" in self._behaviour.values():
+            import kernel_gen.measure  # noqa: F401  # torch is slow to import; preparing may take ten times as long
         note(self._folder / "started", candidate)
 
     def measure(self, candidate: Candidate) -> Measurement:

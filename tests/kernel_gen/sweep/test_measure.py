@@ -9,8 +9,20 @@ from hypothesis import strategies as st
 
 from kernel_gen.experts import Experts
 from kernel_gen.formats import Expected, expected_output, pack, quantize, unpack
-from kernel_gen.measure import GUARD_ELEMENTS, GuardedOutput, Rotation, make_stack, reference, rotated_members, verify
+from kernel_gen.measure import (
+    GUARD_ELEMENTS,
+    GuardedOutput,
+    Inputs,
+    Rotation,
+    Weights,
+    make_stack,
+    reference,
+    rotated_members,
+    verify,
+)
+from kernel_gen.sweeping.candidates import Candidate, Workload
 from profiles import schemes
+from profiles.kernels import parse
 from profiles.loads import TokenLoad
 from profiles.schemes import KERNEL_SCHEMES, QuantScheme
 
@@ -127,3 +139,28 @@ def test_experts_take_rotated_members_of_two_stacks() -> None:
     assert sorted(plan) == [0, 1, 2, 3, 4]
     assert plan[0] == [0, 2]
     assert plan[4] == [1, 1]
+
+
+def test_inputs_of_a_mixed_workload_are_what_a_launch_needs() -> None:
+    slots = (schemes.parse("w4a16_g128_sym"), schemes.parse("w8a8_g-1_sym"))
+    work = Workload(model="m", linear="down", num_experts=4, n=72, k=160, schemes=(*slots, *slots), label="mix")
+    load = TokenLoad(tokens_per_expert=(2, 5, 0, 1), source="test")
+    inputs = Inputs.make(Weights.make(work, "cpu"), load, l2_bytes=1000)
+    assert inputs.offsets.tolist() == [0, 2, 7, 7, 8]
+    assert inputs.experts.scheme_of_expert == work.schemes
+    assert len(inputs.sets) > 1
+    assert all(experts.scheme_of_expert == work.schemes for experts in inputs.sets)
+    addresses = {experts.bind(slots).weights[0, 0].item() for experts in inputs.sets}
+    assert len(addresses) == Rotation.of(inputs.weights.members, [1, 1], load, 0).turns * len(inputs.sets)
+
+    def launch() -> None:  # a right kernel, by other means
+        x = inputs.activations.tensors[0]
+        stacks = [unpack(stack) for stack in inputs.weights.stacks]
+        found = expected_output(x, stacks, inputs.experts.bind(slots).plan, inputs.offsets)
+        inputs.output.y.copy_(found.y)
+
+    assert verify(launch, inputs.output, inputs.expected, lambda: None) is None
+    config = parse("mma_64x8_w4x1x1_s2_k1_at_o1")
+    assert inputs.serves(Candidate(workload=work, load=load, config=config))
+    other = TokenLoad(tokens_per_expert=(2, 5, 1, 0), source="test")
+    assert not inputs.serves(Candidate(workload=work, load=other, config=config))
