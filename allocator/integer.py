@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import coo_array, csr_array, hstack
 
-from allocator.core import Core, Found, make_core
+from allocator.core import Found, make_core
 from allocator.dual import Dual
+from allocator.launches import LaunchOracle
 from allocator.problem import Floats, Ints, Problem
 
 _OBJECTIVE = 1e3  # the gap in HiGHS's units when losses are not whole: its absolute tolerance of 1e-6 is then 1e-9 of the gap
@@ -28,18 +29,49 @@ def finish(problem: Problem, dual: Dual, found: Found, *, most_variables: int, s
     sizes = np.array([choices.size for choices in core.choices], dtype=np.int64)
     if gap <= 0 or not sizes.size or sizes.sum() > most_variables:
         return found
-    owner = np.repeat(np.arange(sizes.size), sizes)
-    items, schemes = core.items[owner], np.concatenate(core.choices)
-    objective, unit = _objective(problem, problem.cost[schemes, items] - problem.cost[core.base[items], items], gap)
-    base_cost = problem.cost_of(core.base)
-    once = LinearConstraint(csr_array(coo_array((np.ones(owner.size), (owner, np.arange(owner.size))))), 1.0, 1.0)
-    rows, room = _rows(problem, core, items, schemes)
+    items, schemes = core.items[np.repeat(np.arange(sizes.size), sizes)], np.concatenate(core.choices)
+    return _solve(problem, found, _Columns(base=core.base, items=items, schemes=schemes), None, gap, seconds)
+
+
+def finish_launches(problem: Problem, oracle: LaunchOracle, found: Found, *, most_variables: int, seconds: float) -> Found:
+    """The same with at most k schemes a launch, over all choices: a binary for each scheme of each launch joins them."""
+    schemes, items = np.nonzero(np.isfinite(problem.cost))
+    if items.size > most_variables:
+        return found
+    gap = (problem.ceiling() if found.assignment is None else found.cost) - found.bound
+    base = np.isfinite(problem.cost).argmax(axis=0).astype(np.int64)
+    columns = _Columns(base=base, items=items.astype(np.int64), schemes=schemes.astype(np.int64))
+    return found if gap <= 0 else _solve(problem, found, columns, oracle, gap, seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """The binaries: item items[i] takes schemes[i]. Items without a binary stay at base [B]."""
+
+    base: Ints
+    items: Ints
+    schemes: Ints
+
+
+def _solve(
+    problem: Problem, found: Found, columns: _Columns, oracle: LaunchOracle | None, gap: float, seconds: float
+) -> Found:
+    base, items, schemes = columns.base, columns.items, columns.schemes
+    objective, unit = _objective(problem, problem.cost[schemes, items] - problem.cost[base[items], items], gap)
+    rows, room = _rows(problem, base, items, schemes)
+    owner = np.unique(items, return_inverse=True)[1].reshape(-1)
+    once = csr_array(coo_array((np.ones(owner.size), (owner, np.arange(owner.size)))))
+    extra = 0 if oracle is None else oracle.num_launches * oracle.num_schemes
+    fixed = [LinearConstraint(_wider(once, extra), 1.0, 1.0)]
+    if oracle is not None:
+        fixed += _launch_rows(oracle, items, schemes)
+    base_cost = problem.cost_of(base)
     for tighten in _TIGHTEN:
         with _quiet():
             result = milp(
-                objective,
-                constraints=[once, LinearConstraint(csr_array(rows), -np.inf, room - tighten)],
-                integrality=np.ones(owner.size, dtype=np.int64),
+                np.append(objective, np.zeros(extra)),
+                constraints=[*fixed, LinearConstraint(_wider(csr_array(rows), extra), -np.inf, room - tighten)],
+                integrality=np.ones(owner.size + extra, dtype=np.int64),
                 bounds=Bounds(0.0, 1.0),
                 options={"mip_rel_gap": 0.0, "time_limit": seconds},
             )
@@ -51,12 +83,31 @@ def finish(problem: Problem, dual: Dual, found: Found, *, most_variables: int, s
                 found = replace(found, bound=min(max(found.bound, problem.lift(below)), found.cost))
         if result.x is None:
             break
-        assignment = core.base.copy()
-        chosen = result.x > 0.5
+        assignment = base.copy()
+        chosen = result.x[: owner.size] > 0.5
         assignment[items[chosen]] = schemes[chosen]
-        if problem.fits(assignment):
+        if problem.fits(assignment) and (oracle is None or oracle.holds(assignment)):
             return _better(problem, found, assignment, proven=result.status == 0 and tighten == 0.0)
     return found
+
+
+def _wider(rows: csr_array, extra: int) -> csr_array:
+    return rows if not extra else csr_array(hstack([rows, csr_array((rows.shape[0], extra))]))
+
+
+def _launch_rows(oracle: LaunchOracle, items: Ints, schemes: Ints) -> list[LinearConstraint]:
+    """x[item, scheme] <= y[launch, scheme], and at most k of a launch's y."""
+    count, extra = items.size, oracle.num_launches * oracle.num_schemes
+    place = oracle.launch[items] * oracle.num_schemes + schemes
+    at = np.arange(count)
+    opens = csr_array(coo_array((np.ones(count), (at, place)), shape=(count, extra)))
+    uses = csr_array(coo_array((np.ones(count), (at, at))))
+    launch = np.repeat(np.arange(oracle.num_launches), oracle.num_schemes)
+    most = csr_array(coo_array((np.ones(extra), (launch, count + np.arange(extra))), shape=(oracle.num_launches, count + extra)))
+    return [
+        LinearConstraint(csr_array(hstack([uses, -opens])), -np.inf, 0.0),
+        LinearConstraint(most, -np.inf, float(oracle.most_schemes)),
+    ]
 
 
 @contextmanager
@@ -88,10 +139,10 @@ def _objective(problem: Problem, cost: Floats, gap: float) -> tuple[Floats, floa
     return cost / unit, unit
 
 
-def _rows(problem: Problem, core: Core, items: Ints, schemes: Ints) -> tuple[Floats, Floats]:
+def _rows(problem: Problem, base: Ints, items: Ints, schemes: Ints) -> tuple[Floats, Floats]:
     """Limits as rows of HiGHS's problem: usage beyond the base [M, n] and the room for it [M], whole numbers where they can be."""
-    use = problem.moves(items, schemes, core.base).T
-    room = problem.limits - problem.used(core.base)
+    use = problem.moves(items, schemes, base).T
+    room = problem.limits - problem.used(base)
     for row in range(room.size):
         magnitude = np.abs(use[row])
         if not magnitude.any():

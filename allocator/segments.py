@@ -32,7 +32,9 @@ def solve_segments(problem: Problem, segment: Ints, oracle: LaunchOracle | None,
     assignment = np.zeros(problem.num_items, dtype=np.int64)
     cost, bound, complete = 0.0, 0.0, True
     prices = np.zeros(problem.num_limits)
-    for i in range(int(segment.max()) + 1):
+    count = int(segment.max()) + 1
+    effort = replace(effort, milp_seconds=max(effort.milp_seconds / count, 1.0))
+    for i in range(count):
         items = np.flatnonzero(segment == i)
         part = _part(problem, items, i)
         outcome = solve(part, effort) if oracle is None else solve_launches(part, _part_oracle(oracle, items), effort)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from allocator.core import Found, search
 from allocator.dual import Dual, Unreachable, independent, maximise, reach
-from allocator.integer import finish
+from allocator.integer import finish, finish_launches
 from allocator.launches import LaunchOracle
 from allocator.primal import fill, first_solution
 from allocator.problem import Problem
 
 _CORE_LIMITS = 6  # state lists need few dimensions; with more limits than this HiGHS closes the gap alone
 _MOST_RESETTLED = 6
+_MOST_LAUNCH_VARIABLES = 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class Effort:
     narrow: tuple[int, int] = (4_000, 150)
     wide: tuple[int, int] = (60_000, 600)
     milp_variables: int = 20_000
-    milp_seconds: float = 40.0
+    milp_seconds: float = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,19 +120,22 @@ def solve_launches(problem: Problem, oracle: LaunchOracle, effort: Effort) -> Ou
     if isinstance(seeds, Unreachable):
         return _nothing()
     dual = maximise(problem, oracle, seeds)
-    best = Found(assignment=None, cost=np.inf, bound=dual.bound, complete=False)
+    best = Found(assignment=None, cost=np.inf, bound=max(dual.bound, free.found.bound), complete=False)
+    quick = replace(effort, milp_seconds=effort.milp_seconds / _MOST_RESETTLED / 2)
     tried: set[bytes] = set()
     for admitted in (oracle.round_mixture(dual), oracle.choose(problem.priced(dual.prices))[1]):
         for _ in range(_MOST_RESETTLED):
             if admitted.tobytes() in tried:
                 break
             tried.add(admitted.tobytes())
-            outcome = solve(oracle.restrict(problem, admitted), effort)
+            outcome = solve(oracle.restrict(problem, admitted), quick)
             found = outcome.found
             if outcome.dual is None or found.assignment is None:
                 break
             if found.cost < best.cost:
-                bound = min(dual.bound, found.cost)
-                best = Found(assignment=found.assignment, cost=found.cost, bound=bound, complete=found.cost <= bound)
+                best = replace(found, bound=min(best.bound, found.cost), complete=found.cost <= best.bound)
             admitted = oracle.choose(problem.priced(outcome.dual.prices))[1]
+    if not best.complete:
+        variables = min(effort.milp_variables, _MOST_LAUNCH_VARIABLES)
+        best = finish_launches(problem, oracle, best, most_variables=variables, seconds=effort.milp_seconds)
     return Outcome(found=best, dual=dual)
