@@ -62,7 +62,7 @@ sweep: $(SWEEP_STAMP)
 
 lint: $(VENV)/.test
 	@echo "* ruff: style and common mistakes"
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff check --quiet --output-format=concise .
 	@$(BIN)/ruff format --quiet --check .
 	@echo "* mypy: types"
 	@$(BIN)/mypy --no-error-summary
