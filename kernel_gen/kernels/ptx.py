@@ -70,19 +70,19 @@ def movmatrix_trans(value):
 
 
 def cp_async_16_if_more(smem, gmem, left, offset):
-    """Copy 16 bytes if left > offset, else write 16 zeros and read nothing."""
-    _cp_async("cg.shared.global.L2::128B", 16, smem, gmem, left, offset)
+    """Copy 16 bytes if left > offset, else store 16 zeros: an address past a tensor's end is never used."""
+    _ptx(
+        "{.reg .pred p; .reg .b32 z; setp.gt.s32 p, {$r2}, " + str(offset) + "; mov.b32 z, 0; "
+        "@p cp.async.cg.shared.global.L2::128B [{$r0}], [{$r1}], 16; @!p st.shared.v4.b32 [{$r0}], {z, z, z, z};}",
+        read_only_args=[smem, gmem, left],
+    )
 
 
 def cp_async_4_if_more(smem, gmem, left, offset):
-    """Copy 4 bytes if left > offset, else write zeros."""
-    _cp_async("ca.shared.global", 4, smem, gmem, left, offset)
-
-
-def _cp_async(kind, size, smem, gmem, left, offset):
+    """Copy 4 bytes if left > offset, else store zeros."""
     _ptx(
-        "{.reg .pred p; .reg .b32 n; setp.gt.s32 p, {$r2}, " + str(offset) + "; selp.b32 n, " + str(size) + ", 0, p; "
-        "cp.async." + kind + " [{$r0}], [{$r1}], " + str(size) + ", n;}",
+        "{.reg .pred p; .reg .b32 z; setp.gt.s32 p, {$r2}, " + str(offset) + "; mov.b32 z, 0; "
+        "@p cp.async.ca.shared.global [{$r0}], [{$r1}], 4; @!p st.shared.b32 [{$r0}], z;}",
         read_only_args=[smem, gmem, left],
     )
 

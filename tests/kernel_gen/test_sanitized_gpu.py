@@ -17,7 +17,9 @@ WATCHED += [(config, (name,)) for config, name in SINGLE if config in LARGE_TILE
 WATCHED += [(config, names) for config, names in MIXED if config in (DECODE, WGMMA_CONFIGS[1])]
 
 
-@pytest.mark.parametrize(("config", "names"), WATCHED)
+@pytest.mark.parametrize(
+    ("config", "names"), WATCHED, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
 def test_a_small_launch(config: str, names: tuple[str, ...], record_property) -> None:
     kernel = kernel_for(config, names)
     record_property("kernel", f"{kernel.spec.label} {kernel.spec.fingerprint()}")
