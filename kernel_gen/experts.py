@@ -15,14 +15,17 @@ from profiles.schemes import QuantScheme
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Binding:
-    """What a launch reads to find the weights. plan: int32 [E, 4] rows (expert, slot, index in its stack, 0); weights: int64 [slots, 4] device addresses."""
+    """What a launch reads to find the weights. plan: int32 [E, 4] rows (expert, slot, index in its stack, 0); weights:
+    int64 [slots, 4] device addresses.
+    """
 
     plan: Tensor
     weights: Tensor
 
 
 class Experts:
-    """All experts' weights [E, N, K] of one linear, each expert in one scheme; experts of one scheme are one packed stack.
+    """All experts' weights [E, N, K] of one linear, each expert in one scheme; experts of one scheme are one packed
+    stack.
 
     Args:
         stacks: one packed stack a scheme; every stack has the same N and K and lies on the same device.
@@ -40,7 +43,9 @@ class Experts:
 
     @classmethod
     def from_weights(cls, weights: Tensor, schemes: QuantScheme | Sequence[QuantScheme]) -> Experts:
-        """Quantise (round to nearest) and pack float weights [E, N, K], on their device; one scheme for all experts, or one each."""
+        """Quantise (round to nearest) and pack float weights [E, N, K], on their device; one scheme for all experts, or
+        one each.
+        """
         per_expert = [schemes] * len(weights) if isinstance(schemes, QuantScheme) else list(schemes)
         if len(per_expert) != len(weights):
             raise SpecError(f"schemes: expected one, or one for each of {len(weights)} experts, got {len(per_expert)}")
@@ -66,9 +71,11 @@ class Experts:
         return sum(stack.num_bytes for stack in self.stacks)
 
     def bind(self, slots: tuple[QuantScheme, ...]) -> Binding:
-        """Tables for a kernel whose slots are these schemes; made once, then kept, since a captured graph reads them on every replay.
+        """Tables for a kernel whose slots are these schemes; made once, then kept, since a captured graph reads them on
+        every replay.
 
-        The plan lists experts of slow tiles first (wide activations, then wide weights), so that no long tile is left for the end.
+        The plan lists experts of slow tiles first (wide activations, then wide weights), so that no long tile is left
+        for the end.
         """
         missing = [scheme.name for scheme in self.schemes if scheme not in slots]
         if missing:

@@ -1,7 +1,9 @@
-"""Launch a compiled kernel on torch tensors. Needs torch and apache-tvm-ffi; the compiler only where kernels are compiled in process.
+"""Launch a compiled kernel on torch tensors. Needs torch and apache-tvm-ffi; the compiler only where kernels are
+compiled in process.
 
-Every argument is checked before anything is launched; a mistake raises SpecError naming the argument, what was expected and what came. A launch
-allocates nothing when `out` is given and activations were prepared before, reads the offsets on the GPU only, and can be captured in a graph.
+Every argument is checked before anything is launched; a mistake raises SpecError naming the argument, what was expected
+and what came. A launch allocates nothing when `out` is given and activations were prepared before, reads the offsets on
+the GPU only, and can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Kernel:
     Args:
         spec: what it was compiled from.
         function: its entry (ARCHITECTURE.md), from a bundle or compiled in process.
-        ctas_per_sm: how many CTAs an SM holds (build facts); the grid is that times the SMs, or fewer where there are fewer tiles.
+        ctas_per_sm: how many CTAs an SM holds (build facts); the grid is that times the SMs, or fewer where there are
+            fewer tiles.
     """
 
     def __init__(self, spec: KernelSpec, function: Callable[..., None], ctas_per_sm: int) -> None:
@@ -81,7 +84,8 @@ class Kernel:
         Args:
             x: bf16 [T, K], tokens sorted by expert, on the experts' device; or activations prepared before.
             experts: the linear's weights; their schemes are among the kernel's.
-            offsets: int32 [E + 1] on the same device, rising from 0 to T. Not read by the host: out of range they are clamped.
+            offsets: int32 [E + 1] on the same device, rising from 0 to T. Not read by the host: out of range they are
+                clamped.
             out: bf16 [T, N], contiguous, N a multiple of 8.
         """
         activations = x if isinstance(x, Activations) else prepare_activations(x, experts.schemes)

@@ -1,7 +1,8 @@
-"""Shared memory, threads and registers of a kernel of the wgmma family. The device code and the legality rules read this.
+"""Shared memory, threads and registers of a kernel of the wgmma family. The device code and the legality rules read
+this.
 
-Arrays, each of num_stages parts: tokens (1024-byte aligned, as the 128-byte swizzle wants), packed weights, strips (scales, then zero points). Then
-one tile of output, the scheduler's table, the barriers.
+Arrays, each of num_stages parts: tokens (1024-byte aligned, as the 128-byte swizzle wants), packed weights, strips
+(scales, then zero points). Then one tile of output, the scheduler's table, the barriers.
 """
 
 from __future__ import annotations
@@ -67,13 +68,19 @@ def wgmma_arrays(config: KernelConfig, schemes: Iterable[QuantScheme], max_exper
     )
 
 
+def launch_registers(config: KernelConfig) -> int:
+    """What every thread has until setmaxnreg: all that fit, in eights."""
+    return min(REGISTERS_PER_SM // config.min_ctas_per_sm // config.num_threads // 8 * 8, MAX_CONSUMER_REGISTERS)
+
+
 def producer_registers(config: KernelConfig) -> int:
     """What setmaxnreg leaves the producer warpgroup."""
     return PRODUCER_REGISTERS.get(config.min_ctas_per_sm, FEW_PRODUCER_REGISTERS)
 
 
 def consumer_registers(config: KernelConfig) -> int:
-    """What setmaxnreg gives a consumer thread: all that the launch holds and the producer leaves. More would wait for ever."""
-    at_launch = REGISTERS_PER_SM // config.min_ctas_per_sm // config.num_threads // 8 * 8
-    left = at_launch * config.num_threads - producer_registers(config) * 128
+    """What setmaxnreg gives a consumer thread: all that the launch holds and the producer leaves. More would wait for
+    ever.
+    """
+    left = launch_registers(config) * config.num_threads - producer_registers(config) * 128
     return min(left // (config.num_threads - 128) // 8 * 8, MAX_CONSUMER_REGISTERS)

@@ -1,8 +1,8 @@
 """Run every kernel under compute-sanitizer and write what it said: python -m tests.run_sanitizer [--out DIR].
 
 memcheck looks for accesses outside allocations, racecheck for shared-memory hazards. Only this project's kernels are
-watched. Needs a GPU, the DSL and the CUDA toolkit's compute-sanitizer on PATH. Exit code 0 if nothing was found, 1 if something was, 2 if the
-tools cannot run.
+watched. Needs a GPU, the DSL and the CUDA toolkit's compute-sanitizer on PATH. Exit code 0 if nothing was found, 1 if
+something was, 2 if the tools cannot run.
 """
 
 import argparse

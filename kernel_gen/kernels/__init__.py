@@ -1,7 +1,8 @@
-"""Device kernels. `spec` says what a kernel is and needs nothing; the rest imports CUTLASS, so `entry` does so only when called.
+"""Device kernels. `spec` says what a kernel is and needs nothing; the rest imports CUTLASS, so `entry` does so only
+when called.
 
-Units: scheduler (which tile next), loads (global to shared memory), dequant (packed words to MMA registers), mainloop (the k loop of one kind of
-math), epilogue (accumulators to Y). `mma` wires them into the mma.sync family.
+Units: scheduler (which tile next), loads (global to shared memory), dequant (packed words to MMA registers), mainloop
+(the k loop of one kind of math), epilogue (accumulators to Y). `mma` wires them into the mma.sync family.
 """
 
 import importlib

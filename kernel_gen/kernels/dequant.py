@@ -1,7 +1,9 @@
-"""From packed words to the A operand's registers, for each kind of weights. What the bits mean is in kernel_gen.layouts.
+"""From packed words to the A operand's registers, for each kind of weights. What the bits mean is in
+kernel_gen.layouts.
 
-BF16 math: codes u become (u - z), exact in bf16, then times the group's scale where there is one (a per-channel scale waits for the epilogue).
-The integer u sits in the mantissa of bf16 128 + u (u < 16), or of float32 2^23 + u (8 bits), so that no conversion instruction runs.
+BF16 math: codes u become (u - z), exact in bf16, then times the group's scale where there is one (a per-channel scale
+waits for the epilogue). The integer u sits in the mantissa of bf16 128 + u (u < 16), or of float32 2^23 + u (8 bits),
+so that no conversion instruction runs.
 """
 
 import cutlass
@@ -65,9 +67,11 @@ class Bf16Weights:
         return Float32 if self.num_bits == 8 else Int32
 
     def bias(self, zero_pair, consts):
-        """What is added to the magic number to leave u - z, for rows g and g + 8: bf16 pairs for up to 4 bits, floats for 8.
+        """What is added to the magic number to leave u - z, for rows g and g + 8: bf16 pairs for up to 4 bits, floats
+        for 8.
 
-        zero_pair holds the zero points of the two rows as bf16; None for symmetric schemes, whose zero point is 2^(b-1).
+        zero_pair holds the zero points of the two rows as bf16; None for symmetric schemes, whose zero point is
+        2^(b-1).
         """
         if self.num_bits == 8:
             if zero_pair is None:
@@ -91,7 +95,9 @@ class Bf16Weights:
         return ptx.and_or(_shift(words[2, m], r + 4 * ks - 2), 0x00040004, low)
 
     def decode(self, words, m, ks, scales, biases, consts):
-        """The four A registers of k-step ks. scales, biases: [2, m_blocks] for rows g and g + 8, as pairs; scales of schemes with groups only."""
+        """The four A registers of k-step ks. scales, biases: [2, m_blocks] for rows g and g + 8, as pairs; scales of
+        schemes with groups only.
+        """
         if self.num_bits == 16:
             return [words[r, m] for r in range(4)]
         out = []
@@ -110,8 +116,9 @@ class Bf16Weights:
 
 
 class NarrowWeights:
-    """Weights of INT8, E4M3 and INT4 math. 8-bit ones, and 4-bit ones of INT4 math, are used as they lie; other 4-bit ones are widened to bytes:
-    two's complement q to int8 16 q, sign and magnitude q to e4m3 q 2^-9 (its subnormals and first binade count evenly). `extra_scale` undoes that.
+    """Weights of INT8, E4M3 and INT4 math. 8-bit ones, and 4-bit ones of INT4 math, are used as they lie; other 4-bit
+    ones are widened to bytes: two's complement q to int8 16 q, sign and magnitude q to e4m3 q 2^-9 (its subnormals and
+    first binade count evenly). `extra_scale` undoes that.
     """
 
     def __init__(self, math: Math, num_bits: int, k_steps: int, unit_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Accumulators to Y: scales, bf16, transpose in registers (weights are the M operand, Y is token-major), 4-byte stores."""
+"""Accumulators to Y: scales, bf16, transpose in registers (weights are the M operand, Y is token-major), stores."""
 
 import cutlass
 import cutlass.cute as cute
@@ -18,7 +18,9 @@ class Epilogue:
 
     @cute.jit
     def run(self, acc, lane, y, num_features, feature0, token0, token_end, channels, padded_features, tokens):
-        """acc: rmem [4, m_blocks, n_blocks] float32. feature0 and token0 are this warp's first; channels and tokens are the addresses of the expert's and the tokens' float32 scales."""
+        """acc: rmem [4, m_blocks, n_blocks] float32. feature0 and token0 are this warp's first; channels and tokens are
+        the addresses of the expert's and the tokens' float32 scales.
+        """
         row_scales = cute.make_rmem_tensor((2, self.m_blocks), Float32)
         if const_expr(self.channel_scales):
             for m in cutlass.range_constexpr(self.m_blocks):

@@ -1,6 +1,8 @@
-"""Global to shared memory for one k-tile of one scheme, by cp.async: packed weights, activations, scale and zero strips.
+"""Global to shared memory for one k-tile of one scheme, by cp.async: packed weights, activations, scale and zero
+strips.
 
-Everything that does not change along K is worked out once a tile (`aim`); a k-tile then costs a thread its copies and an addition a pointer.
+Everything that does not change along K is worked out once a tile (`aim`); a k-tile then costs a thread its copies and
+an addition a pointer.
 """
 
 import cutlass
@@ -28,7 +30,9 @@ ACTIVATION_ARGUMENT = {
 
 
 class StageLoader:
-    """Fills stages for one scheme. `facts` is kernel_gen.layouts' description of the scheme, `stage` the offsets inside a stage."""
+    """Fills stages for one scheme. `facts` is kernel_gen.layouts' description of the scheme, `stage` the offsets inside
+    a stage.
+    """
 
     def __init__(self, facts, stage, tile_m: int, tile_n: int, num_threads: int) -> None:
         self.facts, self.stage = facts, stage
@@ -39,7 +43,9 @@ class StageLoader:
 
     @cute.jit
     def aim(self, words, addresses, tid, at, slot_at, activations, k, units):
-        """Point the cursor at a tile's first k-tile. at: (first row, end of the expert's rows, feature tile, index in the slot's stack)."""
+        """Point the cursor at a tile's first k-tile. at: (first row, end of the expert's rows, feature tile, index in
+        the slot's stack).
+        """
         row, row_end, feature_tile, index = at
         facts = self.facts
         k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
@@ -100,7 +106,9 @@ class StageLoader:
 
     @cute.jit
     def issue_tokens(self, words, addresses, tid, k):
-        """tile_n rows, swizzled so that ldmatrix meets no bank conflict; rows of other experts and k past the end are zeros."""
+        """tile_n rows, swizzled so that ldmatrix meets no bank conflict; rows of other experts and k past the end are
+        zeros.
+        """
         r = tid // self.chunks
         target = (
             words[STAGE] + self.stage.x_offset + r * self.row_bytes + (swizzle(r, tid % self.chunks, self.chunks) << 4)
@@ -157,5 +165,7 @@ class StageLoader:
 
 
 def swizzle(row, chunk, chunks):
-    """Which 16-byte chunk of its row the data goes to. 128-byte rows: 8 rows cover all banks; 64-byte rows: pairs of rows do."""
+    """Which 16-byte chunk of its row the data goes to. 128-byte rows: 8 rows cover all banks; 64-byte rows: pairs of
+    rows do.
+    """
     return chunk ^ (row & 7) if chunks == 8 else chunk ^ ((row >> 1) & 3)

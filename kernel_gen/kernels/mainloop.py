@@ -1,4 +1,6 @@
-"""The k loop of one scheme: wait for a stage, let the loader go on, multiply. One class a kind of math; the kernel picks one per tile, outside the loop."""
+"""The k loop of one scheme: wait for a stage, let the loader go on, multiply. One class a kind of math; the kernel
+picks one per tile, outside the loop.
+"""
 
 import cutlass
 import cutlass.cute as cute
@@ -10,7 +12,8 @@ from kernel_gen.kernels.loads import swizzle
 from kernel_gen.layouts import ActivationKind
 from profiles.gpus import Math
 
-MAGIC_INT = 0x4B400000  # float32 1.5 * 2^23 as an integer start value: the sum read as a float is 1.5 * 2^23 + sum, exact below 2^22
+# float32 1.5 * 2^23 as an integer start value: the sum read as a float is 1.5 * 2^23 + sum, exact below 2^22
+MAGIC_INT = 0x4B400000
 MAGIC_FLOAT = 12582912.0
 
 
@@ -115,7 +118,9 @@ class Mainloop:
 
     @cute.jit
     def fetch_channel(self, state, zero_strip, block0, num_blocks, lane):
-        """Biases that hold for a whole tile: zero points per channel from global memory, or the symmetric schemes' constant."""
+        """Biases that hold for a whole tile: zero points per channel from global memory, or the symmetric schemes'
+        constant.
+        """
         biases, consts = state[4], state[5]
         for m in cutlass.range_constexpr(self.m_blocks):
             pair = None

@@ -1,7 +1,8 @@
 """The `mma` family: a persistent grouped GEMM on mma.sync and cp.async, sm_80 and up, up to four schemes in one launch.
 
-Each CTA walks its tiles (scheduler.py). A pipeline of num_stages stages runs across tiles: while one tile is multiplied, the loader is already in the
-next, which may have another scheme. The scheme is chosen once per tile, outside the k loop (inside it, registers spill: see ARCHITECTURE.md).
+Each CTA walks its tiles (scheduler.py). A pipeline of num_stages stages runs across tiles: while one tile is
+multiplied, the loader is already in the next, which may have another scheme. The scheme is chosen once per tile,
+outside the k loop (inside it, registers spill: see ARCHITECTURE.md).
 """
 
 import cuda.bindings.driver as cuda
@@ -167,7 +168,9 @@ class MmaKernel:
 
     @cute.jit
     def load_next(self, cursor, where, what):
-        """Start the copy of one more k-tile, if there is one, and close its cp.async group either way, so that groups count stages."""
+        """Start the copy of one more k-tile, if there is one, and close its cp.async group either way, so that groups
+        count stages.
+        """
         words, addresses = cursor
         stages, tid, _, _, k, units = what
         if words[TILE] < where[2]:

@@ -1,4 +1,6 @@
-"""The PTX instructions that the kernels use, one function each. Addresses are shared-memory Int32 or global Int64 bytes."""
+"""The PTX instructions that the kernels use, one function each. Addresses are shared-memory Int32 or global Int64
+bytes.
+"""
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
@@ -171,7 +173,8 @@ def pinned(value):
 def count_le(value, bound):
     """How many lanes of the warp hold value <= bound."""
     return _ptx(
-        "{.reg .pred p; .reg .b32 m; setp.le.s32 p, {$r0}, {$r1}; vote.sync.ballot.b32 m, p, 0xffffffff; popc.b32 {$w0}, m;}",
+        "{.reg .pred p; .reg .b32 m; setp.le.s32 p, {$r0}, {$r1}; "
+        "vote.sync.ballot.b32 m, p, 0xffffffff; popc.b32 {$w0}, m;}",
         write_only_types=[Int32],
         read_only_args=[value, bound],
     )
@@ -194,7 +197,7 @@ _MMA = {
 
 
 def mma_sync(math, a, b, c):
-    """One warp's m16n8 product: a 4 registers, b 2, c 4; returns the 4 of the sum. `math` is profiles.gpus.Math.value."""
+    """One warp's m16n8 product: a 4 registers, b 2, c 4; returns the 4 of the sum. `math`: profiles.gpus.Math.value."""
     shape, types, acc_type = _MMA[math]
     return _ptx(
         f"mma.sync.aligned.{shape}.row.col.{types} "

@@ -1,8 +1,9 @@
 """Tile list from the offsets, on the GPU, inside the launch.
 
-Every CTA builds the same table in shared memory when it starts: for each position of the plan the number of its first tile, its token rows, its slot
-and its index in the slot's weights. A CTA then walks tiles blockIdx, blockIdx + gridDim, ... and finds each in the table by two ballots. Nothing
-leaves the GPU, nothing is allocated, and a launch can be captured in a graph. The plan lists experts of slow schemes first, so long tiles go first.
+Every CTA builds the same table in shared memory when it starts: for each position of the plan the number of its first
+tile, its token rows, its slot and its index in the slot's weights. A CTA then walks tiles blockIdx, blockIdx + gridDim,
+... and finds each in the table by two ballots. Nothing leaves the GPU, nothing is allocated, and a launch can be
+captured in a graph. The plan lists experts of slow schemes first, so long tiles go first.
 """
 
 import cutlass
@@ -18,7 +19,9 @@ ENTRY_BYTES = 16
 
 
 class TileScheduler:
-    """tile_m x tile_n tiles of a grouped GEMM over at most max_experts experts. `base` below is the table's shared-memory address."""
+    """tile_m x tile_n tiles of a grouped GEMM over at most max_experts experts. `base` below is the table's shared-
+    memory address.
+    """
 
     def __init__(self, tile_m: int, tile_n: int, max_experts: int, raster: Raster) -> None:
         self.tile_m, self.tile_n, self.max_experts, self.raster = tile_m, tile_n, max_experts, raster
@@ -27,7 +30,9 @@ class TileScheduler:
 
     @cute.jit
     def build(self, base, tid, num_threads: cutlass.Constexpr, offsets, plan, num_tokens, feature_tiles):
-        """Fill the table; returns the number of tiles. Offsets are clamped into 0..num_tokens, so that none can reach outside the tensors."""
+        """Fill the table; returns the number of tiles. Offsets are clamped into 0..num_tokens, so that none can reach
+        outside the tensors.
+        """
         num_experts = cute.size(plan, mode=[0])
         for i in cutlass.range_constexpr((self.max_experts + num_threads - 1) // num_threads):
             position = tid + i * num_threads
@@ -70,7 +75,9 @@ class TileScheduler:
 
     @cute.jit
     def find(self, base, lane, tile, feature_tiles):
-        """(first token row, end of the expert's rows, feature tile, slot, index in the slot) of a tile. Called by whole warps."""
+        """(first token row, end of the expert's rows, feature tile, slot, index in the slot) of a tile. Called by whole
+        warps.
+        """
         segment = ptx.count_le(ptx.lds32(base + lane * (self.per_lane * ENTRY_BYTES)), tile) - 1
         position = segment
         if const_expr(self.per_lane > 1):

@@ -52,7 +52,9 @@ ENTRY_MODULE = {Family.MMA: "kernel_gen.kernels.mma", Family.WGMMA: "kernel_gen.
 
 @functools.cache
 def source_digest(family: Family) -> str:
-    """SHA-256 over the sources that decide what machine code a family's specs become: its entry module and all of kernel_gen it imports."""
+    """SHA-256 over the sources that decide what machine code a family's specs become: its entry module and all of
+    kernel_gen it imports.
+    """
     digest = hashlib.sha256(str(KERNEL_ABI).encode())
     for module in sorted(
         _closure(ENTRY_MODULE[family]) - {__name__}
@@ -62,7 +64,9 @@ def source_digest(family: Family) -> str:
 
 
 def _closure(module: str) -> set[str]:
-    """The module and every module of kernel_gen that it imports, directly or not, read from the sources: nothing is executed."""
+    """The module and every module of kernel_gen that it imports, directly or not, read from the sources: nothing is
+    executed.
+    """
     found: set[str] = set()
     waiting = [module]
     while waiting:

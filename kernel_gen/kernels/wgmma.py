@@ -1,8 +1,9 @@
 """The `wgmma` family: a persistent grouped GEMM for sm_90a, up to four schemes in one launch.
 
-One warp of a producer warpgroup walks the tiles and fills stages: packed weights and strips by bulk copies, tokens by TMA. Consumer warpgroups turn
-packed words into A fragments in registers and multiply with wgmma (weights from registers, tokens from shared memory). The scheduler, the
-decoding of weights and the packed layouts are the mma family's.
+One warp of a producer warpgroup walks the tiles and fills stages: packed weights and strips by bulk copies, tokens by
+TMA. Consumer warpgroups turn packed words into A fragments in registers and multiply with wgmma (weights from
+registers, tokens from shared memory). The scheduler, the decoding of weights and the packed layouts are the mma
+family's.
 """
 
 import cuda.bindings.driver as cuda
@@ -139,8 +140,6 @@ class WgmmaKernel:
         feature_tiles = (num_features + (self.tile_m - 1)) // self.tile_m
         base = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
         start = Int32(base.toint())
-        full = start + self.arrays.barriers
-        empty = full + 8 * self.num_stages
         barriers = cute.recast_ptr(base + self.arrays.barriers, dtype=Int64)
         if tid == 0:
             for i in cutlass.range_constexpr(self.num_stages):
@@ -151,7 +150,6 @@ class WgmmaKernel:
         num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()
         stage = Int32(0)
-        where = (table, lane, num_tiles, feature_tiles)
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp == 0:

@@ -1,4 +1,4 @@
-"""Sums of a wgmma tile to Y: scales, bf16, a transpose through shared memory (stmatrix), one bulk store per token row."""
+"""Sums of a wgmma tile to Y: scales, bf16, transpose through shared memory (stmatrix), one bulk store a token row."""
 
 import cutlass
 import cutlass.cute as cute
@@ -20,7 +20,9 @@ class WgmmaEpilogue:
 
     @cute.jit
     def run(self, acc, output, tid, at, y, tokens, barrier_id: cutlass.Constexpr):
-        """acc: the mainloop's sums; output: shared memory, tile_n rows of row_bytes; tokens: address of float32 token scales."""
+        """acc: the mainloop's sums; output: shared memory, tile_n rows of row_bytes; tokens: address of float32 token
+        scales.
+        """
         row, row_end, feature_tile, index, slot_at, _, units = at
         lane = tid % 32
         warp = (tid // 32) % 4

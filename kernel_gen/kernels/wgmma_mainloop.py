@@ -1,7 +1,8 @@
 """The k loop of one scheme in the wgmma family.
 
-Fragment ks + 1 is decoded while wgmma ks runs: decoding right before the wgmma that reads it makes the compiler serialise both. Schemes whose groups
-are scaled outside the tensor cores multiply one k-tile into a sum of its own, then add it, scaled, in float32.
+Fragment ks + 1 is decoded while wgmma ks runs: decoding right before the wgmma that reads it makes the compiler
+serialise both. Schemes whose groups are scaled outside the tensor cores multiply one k-tile into a sum of its own, then
+add it, scaled, in float32.
 """
 
 import cutlass
@@ -197,7 +198,9 @@ class WgmmaMainloop:
 
     @cute.jit
     def fetch_channel(self, state, feature_tile, index, slot_at, units, blocks):
-        """Biases that hold for a whole tile: zero points per channel from global memory, or the symmetric schemes' constant."""
+        """Biases that hold for a whole tile: zero points per channel from global memory, or the symmetric schemes'
+        constant.
+        """
         group, warp, lane = blocks
         _, _, biases, consts = state
         for m in cutlass.range_constexpr(self.m_units):

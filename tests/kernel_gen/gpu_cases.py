@@ -1,4 +1,6 @@
-"""Shared by the GPU tests: compile a kernel for the GPU at hand, build a case, run it on poisoned memory, compare with the reference."""
+"""Shared by the GPU tests: compile a kernel for the GPU at hand, build a case, run it on poisoned memory, compare with
+the reference.
+"""
 
 import functools
 from dataclasses import dataclass

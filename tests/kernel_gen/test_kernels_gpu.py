@@ -33,7 +33,9 @@ DECODE, MIDDLE = MMA_CONFIGS[1], MMA_CONFIGS[2]
 
 
 def supported(config: str, scheme: QuantScheme) -> bool:
-    """Whether the family runs the scheme: int4 MMAs are the mma family's, int4 weights under e4m3 activations the wgmma family's."""
+    """Whether the family runs the scheme: int4 MMAs are the mma family's, int4 weights under e4m3 activations the wgmma
+    family's.
+    """
     return scheme.math is not Math.INT4 if config.startswith("wgmma") else scheme.name != "w4a8_g128_sym_e4m3"
 
 

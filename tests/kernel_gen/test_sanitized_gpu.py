@@ -1,4 +1,6 @@
-"""Small launches of every scheme for compute-sanitizer (tests/run_sanitizer.py): each kernel once, on a ragged load with sizes off the tile."""
+"""Small launches of every scheme for compute-sanitizer (tests/run_sanitizer.py): each kernel once, on a ragged load
+with sizes off the tile.
+"""
 
 import pytest
 
