@@ -5,7 +5,8 @@ allocate     Sensitivity, CostTable and Budget -> Allocation
 sensitivity, budget, allocation    the nouns and their files
 arrays       solve_arrays: the solver on plain arrays; checks reads its arguments
 problem      one scheme per item, minimum cost, limits
-solver       the steps: dual (prices and bound), primal (rounding), core (exact search), integer (HiGHS); launches (k schemes)
+solver       the steps: dual (prices and bound), primal (rounding), core (exact search), integer (HiGHS); launches (k
+schemes)
 """
 
 from allocator.allocate import Options, allocate

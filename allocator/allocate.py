@@ -112,7 +112,9 @@ def _blocks(sensitivity: Sensitivity, cost_table: CostTable | None, shape: MoeSh
     bits, sizes = np.empty_like(loss), np.empty(len(ids))
     for i, block in enumerate(ids):
         if block.expert >= shape.num_experts:
-            raise DataError(f"sensitivity: expert {block.expert} of layer {block.layer}, but {shape.name} has {shape.num_experts}")
+            raise DataError(
+                f"sensitivity: expert {block.expert} of layer {block.layer}, but {shape.name} has {shape.num_experts}"
+            )
         n, k = shape.shared_gemm(block.linear) if block.expert == SHARED_EXPERT else shape.gemm(block.linear)
         sizes[i], bits[i] = n * k, [scheme.bits_per_weight(k) for scheme in schemes]
     scenarios, latency = _latencies(ids, schemes, cost_table, shape, budget)
@@ -122,7 +124,11 @@ def _blocks(sensitivity: Sensitivity, cost_table: CostTable | None, shape: MoeSh
 
 
 def _latencies(
-    ids: tuple[LinearId, ...], schemes: tuple[QuantScheme, ...], cost_table: CostTable | None, shape: MoeShape, budget: Budget
+    ids: tuple[LinearId, ...],
+    schemes: tuple[QuantScheme, ...],
+    cost_table: CostTable | None,
+    shape: MoeShape,
+    budget: Budget,
 ) -> tuple[tuple[str, ...], Floats]:
     """Scenarios, and each linear's share of its launch [B, S, scenarios]; inf where the table has no row."""
     if cost_table is None:
@@ -138,7 +144,8 @@ def _latencies(
     for name in budget.max_latency_us:
         if name not in scenarios:
             raise SpecError(f"the cost table has no scenario {name!r} for {shape.name}; it has {', '.join(scenarios)}")
-    price = {key: float(value) for *key_, value in rows[["linear", "scheme", "scenario", "latency_us"]].itertuples(index=False, name=None) for key in [tuple(key_)]}
+    columns = [rows[name].tolist() for name in ("linear", "scheme", "scenario", "latency_us")]
+    price = {(linear, scheme, scenario): us for linear, scheme, scenario, us in zip(*columns, strict=True)}
     launches = {_launch_name(block): (1 if block.expert == SHARED_EXPERT else shape.num_experts) for block in ids}
     by_launch = {
         linear: np.array([[price.get((linear, s.name, name), np.inf) / experts for name in scenarios] for s in schemes])
@@ -169,7 +176,9 @@ def _groups(ids: tuple[LinearId, ...], granularity: Granularity) -> Ints | None:
 
 
 def _launches(ids: tuple[LinearId, ...], granularity: Granularity) -> Ints:
-    """Which linears share a launch; with one scheme an expert, both launches of a layer hold the same schemes and count as one."""
+    """Which linears share a launch; with one scheme an expert, both launches of a layer hold the same schemes and count
+    as one.
+    """
     if granularity is Granularity.EXPERT:
         return _labels((i.layer, i.expert == SHARED_EXPERT) for i in ids)
     return _labels((i.layer, _launch_name(i)) for i in ids)
@@ -180,7 +189,10 @@ def _allowed(blocks: _Blocks, options: Options) -> np.ndarray[tuple[int, ...], n
         return None
     unknown = [scheme.name for scheme in options.schemes if scheme not in blocks.schemes]
     if unknown:
-        raise SpecError(f"the sensitivity has no losses for {', '.join(unknown)}; it has {', '.join(s.name for s in blocks.schemes)}")
+        raise SpecError(
+            f"the sensitivity has no losses for {', '.join(unknown)};"
+            f" it has {', '.join(scheme.name for scheme in blocks.schemes)}"
+        )
     return np.array([scheme in options.schemes for scheme in blocks.schemes])
 
 
@@ -191,7 +203,10 @@ def _pins(blocks: _Blocks, pinned: Mapping[LinearId, QuantScheme]) -> Ints | Non
     pins = np.full(len(blocks.ids), -1, dtype=np.int64)
     for block, scheme in pinned.items():
         if block not in index or scheme not in blocks.schemes:
-            raise SpecError(f"layer {block.layer} expert {block.expert} {block.linear.value} is pinned to {scheme.name}, which the sensitivity does not have")
+            raise SpecError(
+                f"layer {block.layer} expert {block.expert} {block.linear.value} is pinned to {scheme.name},"
+                " which the sensitivity does not have"
+            )
         pins[index[block]] = blocks.schemes.index(scheme)
     return pins
 
@@ -217,7 +232,7 @@ def _allocation(
         assignment={block: blocks.schemes[s] for block, s in zip(blocks.ids, solution.assignment, strict=True)},
         kernel_configs=() if cost_table is None else _kernels(cost_table, blocks, solution, sensitivity.model),
         avg_weight_bits=bits,
-        weight_bytes=int(round(bits * float(blocks.sizes.sum()) / 8)),
+        weight_bytes=round(bits * float(blocks.sizes.sum()) / 8),
         predicted_latency_us={n: float(us) for n, us in zip(blocks.scenarios, latency, strict=True) if np.isfinite(us)},
         predicted_loss=solution.loss,
         bound=solution.bound,
@@ -240,12 +255,15 @@ def _prices(solution: Solution) -> dict[str, float]:
 def _kernels(cost_table: CostTable, blocks: _Blocks, solution: Solution, model: str) -> tuple[LaunchKernel, ...]:
     used = {(_launch_name(block), blocks.schemes[s]) for block, s in zip(blocks.ids, solution.assignment, strict=True)}
     rows = cost_table.frame()
-    rows = rows[rows["model"] == model]
+    columns = ["scenario", "linear", "scheme", "config"]
     names = {(linear, scheme.name): scheme for linear, scheme in used}
     return tuple(
-        LaunchKernel(scenario=row.scenario, linear=row.linear, scheme=names[row.linear, row.scheme], config=kernels.parse(row.config))
-        for row in rows.itertuples()
-        if (row.linear, row.scheme) in names
+        LaunchKernel(scenario=scenario, linear=linear, scheme=names[linear, scheme], config=kernels.parse(config))
+        for scenario, linear, scheme, config in rows.loc[rows["model"] == model, columns]
+        .astype(str)
+        .to_numpy()
+        .tolist()
+        if (linear, scheme) in names
     )
 
 
@@ -263,7 +281,16 @@ def _uniforms(blocks: _Blocks, budget: Budget) -> Iterable[Uniform]:
             limit = budget.weight_bytes * 8 / float(blocks.sizes.sum())
         worst = bits
         if budget.per_layer:
-            worst = max(float(np.average(blocks.bits[layers == i, s], weights=blocks.sizes[layers == i])) for i in set(layers.tolist()))
+            worst = max(
+                float(np.average(blocks.bits[layers == i, s], weights=blocks.sizes[layers == i]))
+                for i in set(layers.tolist())
+            )
         within = limit is None or worst <= limit * (1 + 1e-12)
         within = within and all(by_scenario.get(n, np.inf) <= us for n, us in budget.max_latency_us.items())
-        yield Uniform(scheme=scheme, avg_weight_bits=bits, loss=float(blocks.loss[:, s].sum()), latency_us=by_scenario, within_budget=within)
+        yield Uniform(
+            scheme=scheme,
+            avg_weight_bits=bits,
+            loss=float(blocks.loss[:, s].sum()),
+            latency_us=by_scenario,
+            within_budget=within,
+        )

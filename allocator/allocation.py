@@ -34,7 +34,9 @@ class Granularity(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchKernel:
-    """The kernel of one scheme in one launch. linear: as in a cost table, `gate_up`, `down`, `shared_gate_up`, `shared_down`."""
+    """The kernel of one scheme in one launch. linear: as in a cost table, `gate_up`, `down`, `shared_gate_up`,
+    `shared_down`.
+    """
 
     scenario: str
     linear: str
@@ -128,7 +130,8 @@ class Allocation:
                 for uniform in self.uniform
             ],
             "kernel_configs": [
-                [kernel.scenario, kernel.linear, kernel.scheme.name, kernel.config.name] for kernel in self.kernel_configs
+                [kernel.scenario, kernel.linear, kernel.scheme.name, kernel.config.name]
+                for kernel in self.kernel_configs
             ],
             "assignment": [[i.layer, i.expert, i.linear.value, scheme.name] for i, scheme in self.assignment.items()],
         }
@@ -140,7 +143,9 @@ class Allocation:
             raise DataError(f"{where}: not an allocation; its kind is not {KIND!r}")
         version = content.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise DataError(f"{where}: an allocation of schema version {version}; this version of bitile reads {SCHEMA_VERSION}")
+            raise DataError(
+                f"{where}: an allocation of schema version {version}; this version of bitile reads {SCHEMA_VERSION}"
+            )
         try:
             allocation = _parse(content)
         except KeyError as error:
@@ -159,11 +164,13 @@ class Allocation:
             with replacing(target) as temporary:
                 temporary.write_text(json.dumps(self.to_json(), allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
-            raise DataError(f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged") from error
+            raise DataError(
+                f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged"
+            ) from error
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Allocation:
-        """An allocation from JSON. DataError: missing, truncated, foreign, of another schema version, or inconsistent."""
+        """An allocation from JSON. DataError: missing, truncated, foreign, of another version, or inconsistent."""
         source = Path(path)
         try:
             content = json.loads(source.read_text(encoding="utf-8"))
@@ -252,7 +259,9 @@ def _check(allocation: Allocation, rows: int, where: str) -> None:
         raise DataError(f"{where}: its assignment has a linear twice")
     rounding = 1e-9 * max(abs(allocation.predicted_loss), abs(allocation.bound))
     if allocation.bound > allocation.predicted_loss + rounding or allocation.gap < 0:
-        raise DataError(f"{where}: bound {allocation.bound} and gap {allocation.gap} do not fit loss {allocation.predicted_loss}")
+        raise DataError(
+            f"{where}: bound {allocation.bound} and gap {allocation.gap} do not fit loss {allocation.predicted_loss}"
+        )
     limit = allocation.budget.avg_weight_bits
     if limit is not None and allocation.avg_weight_bits > limit * (1 + 1e-9):
         raise DataError(f"{where}: avg_weight_bits {allocation.avg_weight_bits} exceeds its budget {limit}")

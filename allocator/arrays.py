@@ -25,9 +25,10 @@ class InfeasibleError(UserError):
 class Solution:
     """What solve_arrays found.
 
-    assignment: int64 [blocks], a scheme index each. loss: its total loss. bound: no assignment within the limits has less loss (to
-    rounding). gap: (loss - bound) / max(|loss|, |bound|). avg_bits: size-weighted mean. latency_us: float64 [scenarios]. prices: the
-    dual's shadow prices, by limit name ("avg_bits", "max_latency_us[name]"), the loss that one more unit of it saves; per layer an array.
+    assignment: int64 [blocks], a scheme index each. loss: its total loss. bound: no assignment within the limits has
+    less loss (to rounding). gap: (loss - bound) / max(|loss|, |bound|). avg_bits: size-weighted mean. latency_us:
+    float64 [scenarios]. prices: the dual's shadow prices, by limit name ("avg_bits", "max_latency_us[name]"), the loss
+    that one more unit of it saves; per layer an array.
     """
 
     assignment: Ints
@@ -59,14 +60,15 @@ def solve_arrays(
     """Choose one scheme per block with the least total loss within every limit.
 
     loss: float [B, S]; +inf forbids a scheme; may be zero or negative. weight_bits: float [S] or [B, S], >= 0.
-    avg_bits: the limit on sum(sizes * bits) / sum(sizes); with layers, one number for each layer or one for all, held in every layer.
-    latency_us: float [B, S, scenarios] (or [B, S] for one), >= 0, inf forbids; max_latency_us: float [scenarios], limits on sums over
-    blocks, inf for none. sizes: float [B], parameters per block, default equal. allowed: bool [S] or [B, S]. pinned: int [B], a scheme
-    or -1. groups: int [B], blocks with equal labels get one scheme. launches: int [B] with max_schemes: at most that many schemes
-    among the blocks of a launch. scenarios: names for messages and prices.
+    avg_bits: the limit on sum(sizes * bits) / sum(sizes); with layers, one number for each layer or one for all, held
+    in every layer. latency_us: float [B, S, scenarios] (or [B, S] for one), >= 0, inf forbids; max_latency_us: float
+    [scenarios], limits on sums over blocks, inf for none. sizes: float [B], parameters per block, default equal.
+    allowed: bool [S] or [B, S]. pinned: int [B], a scheme or -1. groups: int [B], blocks with equal labels get one
+    scheme. launches: int [B] with max_schemes: at most that many schemes among the blocks of a launch. scenarios: names
+    for messages and prices.
 
-    A limit holds to 1e-12 of the most that all blocks together could use. Raises SpecError for a bad argument, InfeasibleError when
-    no assignment fits.
+    A limit holds to 1e-12 of the most that all blocks together could use. Raises SpecError for a bad argument,
+    InfeasibleError when no assignment fits.
     """
     prepared = prepare(
         loss,
@@ -93,7 +95,9 @@ def solve_arrays(
 
 def _launch_oracle(prepared: Prepared, max_schemes: int | None) -> LaunchOracle | None:
     if (max_schemes is None) != (prepared.launch is None):
-        raise SpecError("launches and max_schemes go together: which blocks share a launch, and how many schemes it may hold")
+        raise SpecError(
+            "launches and max_schemes go together: which blocks share a launch, and how many schemes it may hold"
+        )
     if max_schemes is None or prepared.launch is None:
         return None
     if isinstance(max_schemes, bool) or not isinstance(max_schemes, (int, np.integer)) or max_schemes < 1:
@@ -128,14 +132,17 @@ def _solution(prepared: Prepared, outcome: Outcome) -> Solution:
 
 
 def explain_infeasible(problem: Problem, oracle: LaunchOracle | None, outcome: Outcome, effort: Effort) -> str:
-    """Each limit's least by itself; then each limit's least while the others are held; then one factor for all of them."""
+    """Each limit's least alone; then each one's least while the others are held; then one factor for all of them."""
     alone = []
     for resource, _ in problem.slots():
         closed = np.where(np.isinf(problem.cost), np.inf, resource.amount)
         cheapest_scheme = closed.argmin(axis=0).astype(np.int64)
         least = resource.used(np.arange(problem.num_items), cheapest_scheme)
         for i in np.flatnonzero(least > resource.limit):
-            alone.append(f"{_name(resource, int(i))} {resource.limit[i]:.6g} is {least[i] - resource.limit[i]:.3g} below the least possible, {_up(least[i])}")
+            alone.append(
+                f"{_name(resource, int(i))} {resource.limit[i]:.6g} is {least[i] - resource.limit[i]:.3g}"
+                f" below the least possible, {_up(least[i])}"
+            )
     if alone:
         return "the budget cannot be met: " + "; ".join(alone) + "; raise it to that or allow cheaper schemes"
     needs = [need for resource, _ in problem.slots() for need in _needs(problem, resource, oracle, effort)]

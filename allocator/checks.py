@@ -16,8 +16,8 @@ from profiles.errors import SpecError
 class Prepared:
     """A checked problem over items (merged blocks), with the way back to the caller's blocks.
 
-    item_of_block: int64 [blocks]. bits: float64 [S, items], weighted so that a column sum over items is the average bits.
-    latency_us: float64 [scenarios, S, items] or None. launch: int64 [items] or None.
+    item_of_block: int64 [blocks]. bits: float64 [S, items], weighted so that a column sum over items is the average
+    bits. latency_us: float64 [scenarios, S, items] or None. launch: int64 [items] or None.
     """
 
     problem: Problem
@@ -28,6 +28,7 @@ class Prepared:
 
 
 def floats(value: ArrayLike, name: str) -> Floats:
+    """float64 of anything numeric without NaN."""
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
@@ -39,6 +40,7 @@ def floats(value: ArrayLike, name: str) -> Floats:
 
 
 def integers(value: ArrayLike, name: str, blocks: int) -> Ints:
+    """int64 [blocks]."""
     array = np.asarray(value)
     if array.shape != (blocks,):
         raise SpecError(f"{name} must have one entry per block, shape ({blocks},), not {array.shape}")
@@ -60,6 +62,7 @@ def _finite(array: Floats, name: str) -> Floats:
 
 
 def check_loss(loss: ArrayLike) -> Floats:
+    """float64 [blocks, schemes]; +inf forbids."""
     array = floats(loss, "loss")
     if array.ndim != 2 or 0 in array.shape:
         raise SpecError(f"loss must be [blocks, schemes] with at least one of each, not of shape {array.shape}")
@@ -69,13 +72,17 @@ def check_loss(loss: ArrayLike) -> Floats:
 
 
 def check_bits(weight_bits: ArrayLike, shape: tuple[int, int]) -> Floats:
+    """float64 [blocks, schemes], finite and not negative."""
     array = _non_negative(_finite(floats(weight_bits, "weight_bits"), "weight_bits"), "weight_bits")
     if array.shape not in ((shape[1],), shape):
-        raise SpecError(f"weight_bits must be [schemes] ({shape[1]},) or [blocks, schemes] {shape}, not of shape {array.shape}")
+        raise SpecError(
+            f"weight_bits must be [schemes] ({shape[1]},) or [blocks, schemes] {shape}, not of shape {array.shape}"
+        )
     return np.broadcast_to(array, shape)
 
 
 def check_sizes(sizes: ArrayLike | None, blocks: int) -> Floats:
+    """float64 [blocks], positive; ones by default."""
     if sizes is None:
         return np.ones(blocks)
     array = _finite(floats(sizes, "sizes"), "sizes")
@@ -94,28 +101,37 @@ def check_latency(latency_us: ArrayLike | None, shape: tuple[int, int]) -> Float
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[:2] != shape or array.shape[2] == 0:
-        raise SpecError(f"latency_us must be [blocks, schemes, scenarios] ({shape[0]}, {shape[1]}, n), not of shape {array.shape}")
+        raise SpecError(
+            f"latency_us must be [blocks, schemes, scenarios] ({shape[0]}, {shape[1]}, n), not of shape {array.shape}"
+        )
     return array
 
 
 def check_limits(max_latency_us: ArrayLike | None, latency: Floats | None) -> Floats:
+    """float64 [scenarios]; inf where there is no limit."""
     if max_latency_us is None:
         return np.full(0 if latency is None else latency.shape[2], np.inf)
     if latency is None:
         raise SpecError("max_latency_us needs latency_us: what each scheme of each block takes")
     array = np.atleast_1d(_non_negative(floats(max_latency_us, "max_latency_us"), "max_latency_us"))
     if array.shape != (latency.shape[2],):
-        raise SpecError(f"max_latency_us must have one entry per scenario, shape ({latency.shape[2]},), not {array.shape}")
+        raise SpecError(
+            f"max_latency_us must have one entry per scenario, shape ({latency.shape[2]},), not {array.shape}"
+        )
     return array
 
 
 def check_allowed(allowed: ArrayLike | None, pinned: ArrayLike | None, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """bool [blocks, schemes]: what allowed and pinned leave."""
     blocks, schemes = shape
     mask = np.ones(shape, dtype=np.bool_)
     if allowed is not None:
         given = np.asarray(allowed)
         if given.shape not in ((schemes,), shape) or given.dtype != np.bool_:
-            raise SpecError(f"allowed must be booleans [schemes] or [blocks, schemes] {shape}, not {given.dtype} of shape {given.shape}")
+            raise SpecError(
+                f"allowed must be booleans [schemes] or [blocks, schemes] {shape},"
+                f" not {given.dtype} of shape {given.shape}"
+            )
         mask &= given
     if pinned is not None:
         pins = integers(pinned, "pinned", blocks)
@@ -141,6 +157,7 @@ def prepare(
     launches: ArrayLike | None,
     scenarios: Sequence[str] | None,
 ) -> Prepared:
+    """Every argument of solve_arrays, checked and merged. Raises SpecError."""
     losses = check_loss(loss)
     shape = (losses.shape[0], losses.shape[1])
     bits, weight = check_bits(weight_bits, shape), check_sizes(sizes, shape[0])
@@ -155,7 +172,10 @@ def prepare(
     if not open_.any(axis=0).all():
         block = int(np.flatnonzero(item == int(np.flatnonzero(~open_.any(axis=0))[0]))[0])
         cause = "it" if groups is None else "its group"
-        raise SpecError(f"block {block} has no allowed scheme left: allowed, pinned, infinite loss and latency together forbid all of {cause}")
+        raise SpecError(
+            f"block {block} has no allowed scheme left:"
+            f" allowed, pinned, infinite loss and latency together forbid all of {cause}"
+        )
     layer = None if layers is None else _dense(integers(layers, "layers", shape[0]))
     share = weight / (weight.sum() if layer is None else np.bincount(layer, weights=weight)[layer])
     merged_bits = _merge(np.where(mask, bits, 0.0) * share[:, None], item, open_)
@@ -186,7 +206,9 @@ def _dense(labels: Ints) -> Ints:
 
 def _merge(values: Floats, item: Ints, open_: NDArray[np.bool_]) -> Floats:
     """[blocks, S] summed over each item's blocks, as [S, items]; 0 where closed."""
-    merged = np.array([np.bincount(item, weights=values[:, s], minlength=open_.shape[1]) for s in range(values.shape[1])])
+    merged = np.array(
+        [np.bincount(item, weights=values[:, s], minlength=open_.shape[1]) for s in range(values.shape[1])]
+    )
     return np.where(open_, merged, 0.0)
 
 
@@ -217,11 +239,15 @@ def _scenario_names(scenarios: Sequence[str] | None, count: int) -> Sequence[str
 
 
 def _shifted(loss: Floats, open_: NDArray[np.bool_], resources: tuple[Resource, ...]) -> Problem:
-    """Each item's best choice at cost 0, and the largest cost 1, so that neither a common offset nor a unit costs accuracy."""
+    """Each item's best choice at cost 0, and the largest cost 1, so that neither a common offset nor a unit costs
+    accuracy.
+    """
     least = np.where(open_, loss, np.inf).min(axis=0)
-    cost = np.where(open_, loss - least, np.inf)
-    scale = float(np.where(open_, cost, 0.0).max())
-    if not np.isfinite(scale) or not np.isfinite(least.sum()):
+    with np.errstate(over="ignore", invalid="ignore"):
+        cost = np.where(open_, loss - least, np.inf)
+        scale = float(np.where(open_, cost, 0.0).max())
+        total = np.abs(least).sum() + scale * least.size
+    if not np.isfinite(total):
         raise SpecError("loss is too large: sums over blocks pass the largest float64")
     scale = scale if scale > 0 else 1.0
     steps = cost[open_ & (cost > 0)]

@@ -1,9 +1,10 @@
 """Exact search near the dual: which few items must deviate from their priced best choice, and how.
 
-At the dual's prices an assignment costs bound + sum of reduced costs + prices . slack, so anything better than the incumbent uses only
-choices whose reduced cost is below the gap: the core (Balas and Zemel 1980). The core is enumerated item by item, most likely first, as
-lists of (usage, cost) states with dominance, as Pisinger's minimal algorithm for the multiple-choice knapsack does (1995), pruned by
-the relaxation under several price vectors. Complete, it proves the optimum; cut short, it is a beam search that still returns a valid bound.
+At the dual's prices an assignment costs bound + sum of reduced costs + prices . slack, so anything better than the
+incumbent uses only choices whose reduced cost is below the gap: the core (Balas and Zemel 1980). The core is enumerated
+item by item, most likely first, as lists of (usage, cost) states with dominance, as Pisinger's minimal algorithm for
+the multiple-choice knapsack does (1995), pruned by the relaxation under several price vectors. Complete, it proves the
+optimum; cut short, it is a beam search that still returns a valid bound.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _CHAMPIONS = 24  # states that every other state is compared with
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The best assignment [B] known (None: none fits), its cost, a valid lower bound, and whether the search left nothing out."""
+    """The best assignment [B] known (None: none fits), its cost, a valid lower bound, and whether the search left
+    nothing out.
+    """
 
     assignment: Ints | None
     cost: float
@@ -35,8 +38,8 @@ class Found:
 class Core:
     """Every item's priced-best choice, and the choices that could still improve on the incumbent.
 
-    base: int64 [B]. items: int64 [C], most likely to deviate first. choices[i]: schemes of items[i], base first. left_out: the least
-    reduced cost among the alternatives that were not admitted for want of room (inf when none was).
+    base: int64 [B]. items: int64 [C], most likely to deviate first. choices[i]: schemes of items[i], base first.
+    left_out: the least reduced cost among the alternatives that were not admitted for want of room (inf when none was).
     """
 
     base: Ints
@@ -46,6 +49,7 @@ class Core:
 
 
 def make_core(problem: Problem, dual: Dual, gap: float, most_items: int) -> Core:
+    """The core for a gap in cost: choices with a smaller reduced cost, of at most most_items items."""
     priced = problem.priced(dual.prices)
     low, base = cheapest(priced)
     reduced = priced - low
@@ -131,7 +135,9 @@ class _States:
         return bounds
 
     def _undominated(self, keep: Ints, bounds: Floats) -> tuple[Ints, Floats]:
-        """Drop states that another beats in cost and in every usage. Complete for one limit, and for equal usage of all but the last."""
+        """Drop states that another beats in cost and in every usage. Complete for one limit, and for equal usage of all
+        but the last.
+        """
         bounds = bounds[keep]
         if self.cost.size < 2:
             return keep, bounds

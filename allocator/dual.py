@@ -1,10 +1,11 @@
 """The Lagrangian dual: prices for the limits whose relaxed optimum is the largest lower bound on the true one.
 
-For prices p >= 0, h(p) = sum_b min_s (cost + p . usage) - p . limits is a lower bound on every feasible cost, concave and piecewise linear
-in p, and its maximum is the linear program's value (Geoffrion 1974). It is maximised by cutting planes (Kelley 1960): every evaluation
-yields an assignment whose cost and usage are one linear piece. With one limit the master problem is the crossing of two lines; with more
-it is a linear program of M + 1 variables, re-centred on the best prices and rescaled by the remaining gap so that it keeps its accuracy.
-The master's own dual mixes the assignments into a solution of the linear program: what rounding starts from.
+For prices p >= 0, h(p) = sum_b min_s (cost + p . usage) - p . limits is a lower bound on every feasible cost, concave
+and piecewise linear in p, and its maximum is the linear program's value (Geoffrion 1974). It is maximised by cutting
+planes (Kelley 1960): every evaluation yields an assignment whose cost and usage are one linear piece. With one limit
+the master problem is the crossing of two lines; with more it is a linear program of M + 1 variables, re-centred on the
+best prices and rescaled by the remaining gap so that it keeps its accuracy. The master's own dual mixes the assignments
+into a solution of the linear program: what rounding starts from.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from allocator.problem import Floats, Ints, Problem, cheapest
 
 _MOST_ROUNDS = 200
 _BOX = 1e4  # the master looks this many (scaled) units around the best prices
-_ROUNDING = 64 * np.finfo(np.float64).eps  # pairwise sums of 1e5 terms err by less than this times the sum of magnitudes
+_ROUNDING = (
+    64 * np.finfo(np.float64).eps
+)  # pairwise sums of 1e5 terms err by less than this times the sum of magnitudes
 
 
 class Oracle(Protocol):
-    """Minimises cost_weight * cost + prices . usage over the assignments; returns the value (limits not subtracted) and the assignment."""
+    """Minimises cost_weight * cost + prices . usage over the assignments; returns the value (limits not subtracted) and
+    the assignment.
+    """
 
-    def __call__(self, problem: Problem, prices: Floats, cost_weight: float) -> tuple[float, Ints]: ...
+    def __call__(self, problem: Problem, prices: Floats, cost_weight: float) -> tuple[float, Ints]:
+        """The value and the assignment."""
+        ...
 
 
 def independent(problem: Problem, prices: Floats, cost_weight: float) -> tuple[float, Ints]:
@@ -50,7 +57,9 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dual:
-    """bound: a valid lower bound on cost. prices: float64 [M], per unit of usage. mixture: cuts and their weights (sum 1)."""
+    """bound: a valid lower bound on cost. prices: float64 [M], per unit of usage. mixture: cuts and their weights (sum
+    1).
+    """
 
     bound: float
     prices: Floats
@@ -60,7 +69,9 @@ class Dual:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreachable:
-    """No mixture of assignments meets every limit: prices [M] (sum of price * unit = 1) under which even the cheapest exceeds them."""
+    """No mixture of assignments meets every limit: prices [M] (sum of price * unit = 1) under which even the cheapest
+    exceeds them.
+    """
 
     excess: float
     prices: Floats
@@ -69,7 +80,9 @@ class Unreachable:
 class _Ascent:
     """Cutting planes for h over prices (scaled by span), with or without the cost in it."""
 
-    def __init__(self, problem: Problem, oracle: Oracle, *, cost_weight: float, on_simplex: bool, units: Floats) -> None:
+    def __init__(
+        self, problem: Problem, oracle: Oracle, *, cost_weight: float, on_simplex: bool, units: Floats
+    ) -> None:
         self.problem, self.oracle = problem, oracle
         self.cost_weight, self.on_simplex = cost_weight, on_simplex
         self.spans = units
@@ -120,7 +133,7 @@ class _Ascent:
                 bounds=bounds,
                 method="highs",
             )
-            if result.status != 0:
+            if result.status != 0 or result.x is None:
                 return self.prices, 0.0, np.zeros(len(self.cuts))
             rise = float(result.x[-1]) * self.unit
             step = result.x[:-1]
@@ -148,11 +161,13 @@ class _Ascent:
 def reach(problem: Problem, oracle: Oracle, units: Floats | None = None) -> Unreachable | list[Ints]:
     """Assignments of which some mixture meets every limit, or the proof that none does.
 
-    Solves min over mixtures of the largest (used - limit) / unit, by its dual over prices that sum to 1. units: float64 [M], by
-    default each limit's span.
+    Solves min over mixtures of the largest (used - limit) / unit, by its dual over prices that sum to 1. units: float64
+    [M], by default each limit's span.
     """
     dims = problem.num_limits
-    ascent = _Ascent(problem, oracle, cost_weight=0.0, on_simplex=True, units=problem.spans() if units is None else units)
+    ascent = _Ascent(
+        problem, oracle, cost_weight=0.0, on_simplex=True, units=problem.spans() if units is None else units
+    )
     for corner in [np.full(dims, 1.0 / dims), *(np.eye(dims) if dims > 1 else [])]:
         ascent.visit(corner)
         if ascent.best > 0:
@@ -187,7 +202,9 @@ def maximise(problem: Problem, oracle: Oracle, seeds: list[Ints]) -> Dual:
 
 
 def _bracket(ascent: _Ascent) -> Floats:
-    """One limit: keep the best piece on either side of the limit and visit where they cross, until nothing new appears there."""
+    """One limit: keep the best piece on either side of the limit and visit where they cross, until nothing new appears
+    there.
+    """
     while True:
         over = [i for i, cut in enumerate(ascent.cuts) if cut.excess[0] > 0]
         under = [i for i, cut in enumerate(ascent.cuts) if cut.excess[0] <= 0]

@@ -19,8 +19,9 @@ _MOST_SOLVES = 60
 def pareto_front(loss: ArrayLike, weight_bits: ArrayLike, *, num_points: int = 17, **limits: Any) -> list[Solution]:
     """Solutions of least loss at average bits from the least possible to where more bits no longer help.
 
-    limits: solve_arrays's other arguments, but avg_bits. num_points: at least 2, evenly spaced in bits. Every point has its own bound;
-    a point that another one equals or beats in both loss and bits is left out. Raises what solve_arrays raises.
+    limits: solve_arrays's other arguments, but avg_bits. num_points: at least 2, evenly spaced in bits. Every point has
+    its own bound; a point that another one equals or beats in both loss and bits is left out. Raises what solve_arrays
+    raises.
     """
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise SpecError(f"num_points must be a whole number of at least 2, not {num_points!r}")
@@ -44,8 +45,8 @@ def pareto_front(loss: ArrayLike, weight_bits: ArrayLike, *, num_points: int = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductSolution:
-    """solution: the assignment; its own bound and gap are those of the weighted sum that found it. value: loss^r * latency^(1 - r).
-    bound: no assignment within the limits has a smaller value. gap: (value - bound) / value.
+    """solution: the assignment; its own bound and gap are those of the weighted sum that found it. value: loss^r *
+    latency^(1 - r). bound: no assignment within the limits has a smaller value. gap: (value - bound) / value.
     """
 
     solution: Solution
@@ -56,17 +57,23 @@ class ProductSolution:
 
 
 def solve_product(
-    loss: ArrayLike, weight_bits: ArrayLike, *, latency_us: ArrayLike, loss_weight: float, good_gap: float = 1e-4, **limits: Any
+    loss: ArrayLike,
+    weight_bits: ArrayLike,
+    *,
+    latency_us: ArrayLike,
+    loss_weight: float,
+    good_gap: float = 1e-4,
+    **limits: Any,
 ) -> ProductSolution:
     """Least L^r * T^(1-r) within average bits: MxMoE's objective for one MoE block (arXiv 2505.05799), r = loss_weight.
 
-    loss: float [B, S], with positive totals. latency_us: float [B, S], one scenario. limits: solve_arrays's other arguments.
-    The product is quasi-concave in (L, T), so its least value over the attainable pairs is at a corner of their convex hull, and a
-    corner minimises some weighted sum a * L + b * T. Corners are found from the outside in: every weighted solve also bounds the hull
-    by a line; between two known corners the lines' crossing bounds the product there, and the lowest crossing is refined first, until
-    the best corner is within good_gap of it.
+    loss: float [B, S], with positive totals. latency_us: float [B, S], one scenario. limits: solve_arrays's other
+    arguments. The product is quasi-concave in (L, T), so its least value over the attainable pairs is at a corner of
+    their convex hull, and a corner minimises some weighted sum a * L + b * T. Corners are found from the outside in:
+    every weighted solve also bounds the hull by a line; between two known corners the lines' crossing bounds the
+    product there, and the lowest crossing is refined first, until the best corner is within good_gap of it.
     """
-    if not (np.isscalar(loss_weight) and 0 <= float(loss_weight) <= 1):
+    if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)) or not 0 <= loss_weight <= 1:
         raise SpecError(f"loss_weight must be a number from 0 to 1, not {loss_weight!r}")
     losses = check_loss(loss)
     times = check_latency(latency_us, (losses.shape[0], losses.shape[1]))
@@ -79,7 +86,9 @@ def solve_product(
 class _Hull:
     """The lower left hull of (loss, latency), as far as it is known: corners, and a line under all pairs for each."""
 
-    def __init__(self, loss: Floats, time: Floats, weight_bits: ArrayLike, power: float, limits: dict[str, Any]) -> None:
+    def __init__(
+        self, loss: Floats, time: Floats, weight_bits: ArrayLike, power: float, limits: dict[str, Any]
+    ) -> None:
         self.weight_bits, self.power, self.limits = weight_bits, power, limits
         self.loss, self.time = np.where(np.isinf(time), np.inf, loss), np.where(np.isinf(loss), np.inf, time)
         self.best: ProductSolution | None = None
@@ -94,7 +103,9 @@ class _Hull:
         rows = np.arange(self.loss.shape[0])
         pair = float(self.loss[rows, solution.assignment].sum()), float(self.time[rows, solution.assignment].sum())
         if min(pair) <= 0:
-            raise SpecError(f"the product needs positive totals, but an assignment has loss {pair[0]:g} and latency {pair[1]:g}")
+            raise SpecError(
+                f"the product needs positive totals, but an assignment has loss {pair[0]:g} and latency {pair[1]:g}"
+            )
         self.corners.append(pair)
         self.lines.append((a, b, solution.bound))
         value = self.value(*pair)
@@ -103,10 +114,12 @@ class _Hull:
 
     def value(self, loss: float, time: float) -> float:
         """The product of one pair."""
-        return max(loss, 0.0) ** self.power * max(time, 0.0) ** (1 - self.power)
+        return float(max(loss, 0.0) ** self.power * max(time, 0.0) ** (1 - self.power))
 
     def crossings(self) -> list[tuple[float, float, float]]:
-        """Corners of the region above all lines, each with its product: nothing attainable has less than the least of them."""
+        """Corners of the region above all lines, each with its product: nothing attainable has less than the least of
+        them.
+        """
         found = []
         for i, (a, b, c) in enumerate(self.lines):
             for d, e, f in self.lines[:i]:
@@ -128,9 +141,13 @@ class _Hull:
             crossings = self.crossings()
             if not crossings or self.best.value - crossings[0][0] <= good_gap * self.best.value:
                 break
-            _, loss, time = crossings[0]
-            left = max((corner for corner in self.corners if corner[0] <= loss * (1 + 1e-12)), default=min(self.corners))
-            right = min((corner for corner in self.corners if corner[0] >= left[0] and corner[1] < left[1]), default=left)
+            loss = crossings[0][1]
+            left = max(
+                (corner for corner in self.corners if corner[0] <= loss * (1 + 1e-12)), default=min(self.corners)
+            )
+            right = min(
+                (corner for corner in self.corners if corner[0] >= left[0] and corner[1] < left[1]), default=left
+            )
             a, b = left[1] - right[1], right[0] - left[0]
             if (a, b) in asked or a <= 0 or b <= 0:
                 break

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -17,12 +18,14 @@ from allocator.dual import Dual
 from allocator.launches import LaunchOracle
 from allocator.problem import Floats, Ints, Problem
 
-_OBJECTIVE = 1e3  # the gap in HiGHS's units when losses are not whole: its absolute tolerance of 1e-6 is then 1e-9 of the gap
+_OBJECTIVE = (
+    1e3  # the gap in HiGHS's units when losses are not whole: its absolute tolerance of 1e-6 is then 1e-9 of the gap
+)
 _TIGHTEN = (0.0, 2e-6, 2e-5)  # of the row's scale: HiGHS lets rows pass by 1e-6
 
 
 def finish(problem: Problem, dual: Dual, found: Found, *, most_variables: int, seconds: float) -> Found:
-    """Improve found, and its bound, by mixed-integer programming on the core; found itself when the core is too large."""
+    """Improve found, and its bound, by integer programming on the core; found itself when the core is too large."""
     top = problem.ceiling() if found.assignment is None else found.cost
     gap = top - dual.bound
     core = make_core(problem, dual, gap * (1 + 1e-9), problem.num_items)
@@ -33,8 +36,10 @@ def finish(problem: Problem, dual: Dual, found: Found, *, most_variables: int, s
     return _solve(problem, found, _Columns(base=core.base, items=items, schemes=schemes), None, gap, seconds)
 
 
-def finish_launches(problem: Problem, oracle: LaunchOracle, found: Found, *, most_variables: int, seconds: float) -> Found:
-    """The same with at most k schemes a launch, over all choices: a binary for each scheme of each launch joins them."""
+def finish_launches(
+    problem: Problem, oracle: LaunchOracle, found: Found, *, most_variables: int, seconds: float
+) -> Found:
+    """The same with at most k schemes a launch, over all choices, with a binary for each scheme of each launch."""
     schemes, items = np.nonzero(np.isfinite(problem.cost))
     if items.size > most_variables:
         return found
@@ -103,7 +108,9 @@ def _launch_rows(oracle: LaunchOracle, items: Ints, schemes: Ints) -> list[Linea
     opens = csr_array(coo_array((np.ones(count), (at, place)), shape=(count, extra)))
     uses = csr_array(coo_array((np.ones(count), (at, at))))
     launch = np.repeat(np.arange(oracle.num_launches), oracle.num_schemes)
-    most = csr_array(coo_array((np.ones(extra), (launch, count + np.arange(extra))), shape=(oracle.num_launches, count + extra)))
+    most = csr_array(
+        coo_array((np.ones(extra), (launch, count + np.arange(extra))), shape=(oracle.num_launches, count + extra))
+    )
     return [
         LinearConstraint(csr_array(hstack([uses, -opens])), -np.inf, 0.0),
         LinearConstraint(most, -np.inf, float(oracle.most_schemes)),
@@ -116,7 +123,7 @@ def _quiet() -> Iterator[None]:
     sys.stdout.flush()
     saved = os.dup(1)
     try:
-        with open(os.devnull, "wb") as nowhere:
+        with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         yield
     finally:
@@ -132,7 +139,9 @@ def _better(problem: Problem, found: Found, assignment: Ints, *, proven: bool) -
 
 
 def _objective(problem: Problem, cost: Floats, gap: float) -> tuple[Floats, float]:
-    """Costs in HiGHS's units, and that unit: whole numbers where losses are (HiGHS then rounds its bounds), else fractions of the gap."""
+    """Costs in HiGHS's units, and that unit: whole numbers where losses are (HiGHS then rounds its bounds), else
+    fractions of the gap.
+    """
     if problem.grain and gap / problem.grain < 1e7:
         return np.rint(cost / problem.grain), problem.grain
     unit = gap / _OBJECTIVE
@@ -140,7 +149,9 @@ def _objective(problem: Problem, cost: Floats, gap: float) -> tuple[Floats, floa
 
 
 def _rows(problem: Problem, base: Ints, items: Ints, schemes: Ints) -> tuple[Floats, Floats]:
-    """Limits as rows of HiGHS's problem: usage beyond the base [M, n] and the room for it [M], whole numbers where they can be."""
+    """Limits as rows of HiGHS's problem: usage beyond the base [M, n] and the room for it [M], whole numbers where they
+    can be.
+    """
     use = problem.moves(items, schemes, base).T
     room = problem.limits - problem.used(base)
     for row in range(room.size):

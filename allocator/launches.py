@@ -19,7 +19,8 @@ _MOST_SUBSETS = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOracle:
-    """The dual's oracle when items of one launch share at most most_schemes schemes: every subset of that size is priced while there are at most 500.
+    """The dual's oracle when items of one launch share at most most_schemes schemes: every subset of that size is
+    priced while there are at most 500.
 
     launch: int64 [B], 0..L-1.
     """
@@ -40,8 +41,8 @@ class LaunchOracle:
     def choose(self, priced: Floats) -> tuple[float, Bools]:
         """A lower bound on the total of priced [S, B], and the schemes to admit in each launch, bool [S, L].
 
-        Exact while the subsets are few enough to price them all; else subsets grow greedily, by the scheme that lowers the total most,
-        and the bound is that of launches without a limit.
+        Exact while the subsets are few enough to price them all; else subsets grow greedily, by the scheme that lowers
+        the total most, and the bound is that of launches without a limit.
         """
         if self.subsets is None:
             return float(priced.min(axis=0).sum()), self._grow(priced)
@@ -55,13 +56,14 @@ class LaunchOracle:
         return float(totals.min(axis=0).sum()), admitted
 
     def _per_launch(self, of_item: Floats) -> Floats:
-        return np.bincount(self.launch, weights=of_item, minlength=self.num_launches)
+        return np.bincount(self.launch, weights=of_item, minlength=self.num_launches).astype(np.float64)
 
     def _grow(self, priced: Floats) -> Bools:
         launches = np.arange(self.num_launches)
         admitted = np.zeros((self.num_schemes, self.num_launches), dtype=np.bool_)
         finite = np.where(np.isinf(priced), 0.0, priced)
-        # An item without any admitted scheme costs more than all finite choices together, so that subsets cover their items first.
+        # An item without any admitted scheme costs more than all finite choices together, so that subsets cover their
+        # items first.
         best = np.full(priced.shape[1], 1.0 + 2.0 * float(np.abs(finite).max(axis=0).sum()))
         for _ in range(self.most_schemes):
             totals = np.array([self._per_launch(np.minimum(best, row)) for row in priced])
@@ -72,6 +74,7 @@ class LaunchOracle:
         return admitted
 
     def __call__(self, problem: Problem, prices: Floats, cost_weight: float) -> tuple[float, Ints]:
+        """The oracle of allocator.dual."""
         priced = problem.charge(prices)
         closed = np.isinf(problem.cost)
         priced += cost_weight * np.where(closed, 0.0, problem.cost)
@@ -81,7 +84,9 @@ class LaunchOracle:
         return total, cheapest(priced)[1]
 
     def round_mixture(self, dual: Dual) -> Bools:
-        """bool [S, L]: each launch takes the schemes of one of the mixture's assignments, dealt out in the mixture's proportions."""
+        """bool [S, L]: each launch takes the schemes of one of the mixture's assignments, dealt out in the mixture's
+        proportions.
+        """
         admitted = np.zeros((self.num_schemes, self.num_launches), dtype=np.bool_)
         place = deal([weight for _, weight in dual.mixture], self.num_launches)
         for i, (cut, _) in enumerate(dual.mixture):

@@ -1,7 +1,7 @@
 """From prices to a whole assignment: round the mixture, repair what it exceeds, spend what is left over.
 
-Every step works on all items at once: moves are ranked by cost per usage and the longest prefix that still helps is taken, so that even
-thousands of tied items (equal experts) settle in a few rounds.
+Every step works on all items at once: moves are ranked by cost per usage and the longest prefix that still helps is
+taken, so that even thousands of tied items (equal experts) settle in a few rounds.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def _best_moves(ratio: Floats) -> tuple[Ints, Ints]:
 
 
 def repair(problem: Problem, assignment: Ints, prices: Floats) -> Ints | None:
-    """Moves items, cheapest priced cost per relief first, until every limit holds; None when no move relieves anything any more."""
+    """Moves items, cheapest priced cost per relief first, until every limit holds; None when no move relieves anything
+    any more.
+    """
     items_all = np.arange(problem.num_items)
     limits, spans, tolerance = problem.limits, problem.spans(), problem.tolerance()
     prices = prices + 1e-12 / spans
@@ -111,7 +113,9 @@ def fill(problem: Problem, assignment: Ints, prices: Floats) -> Ints:
 
 
 def first_solution(problem: Problem, dual: Dual) -> Ints | None:
-    """A good assignment that holds every limit, from the dual's rounding and from the cuts that hold them by themselves; None if none came up."""
+    """A good assignment that holds every limit, from the dual's rounding and from the cuts that hold them by
+    themselves; None if none came up.
+    """
     candidates = [repair(problem, round_mixture(problem, dual), dual.prices)]
     candidates += [cut.assignment for cut in dual.cuts if problem.fits(cut.assignment)]
     if candidates[0] is None:

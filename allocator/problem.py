@@ -1,7 +1,7 @@
 """The problem as the solver sees it: one scheme per item, minimum cost, a few resources with limits.
 
-Arrays are scheme-major, [S, B], so that a minimum over schemes is S passes over contiguous rows. A forbidden (scheme, item) pair has
-cost inf and usage 0. Items are the caller's blocks after tied blocks were merged.
+Arrays are scheme-major, [S, B], so that a minimum over schemes is S passes over contiguous rows. A forbidden (scheme,
+item) pair has cost inf and usage 0. Items are the caller's blocks after tied blocks were merged.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class Resource:
     segment: Ints | None = None
 
     def used(self, items: Ints, assignment: Ints) -> Floats:
+        """float64 [L]: what these items, so assigned, use of each limit."""
         chosen = self.amount[assignment, items]
         if self.segment is None:
             return np.array([chosen.sum()])
-        return np.bincount(self.segment[items], weights=chosen, minlength=self.limit.size)
+        return np.bincount(self.segment[items], weights=chosen, minlength=self.limit.size).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +56,17 @@ class Problem:
 
     @property
     def num_schemes(self) -> int:
+        """S."""
         return int(self.cost.shape[0])
 
     @property
     def num_items(self) -> int:
+        """B."""
         return int(self.cost.shape[1])
 
     @property
     def num_limits(self) -> int:
+        """M."""
         return sum(resource.limit.size for resource in self.resources)
 
     @property
@@ -88,7 +92,8 @@ class Problem:
                 if resource.segment is None
                 else np.bincount(resource.segment, weights=most, minlength=resource.limit.size)
             )
-        return np.maximum(np.concatenate(spans), np.finfo(np.float64).tiny)
+        most_used: Floats = np.maximum(np.concatenate(spans), np.finfo(np.float64).tiny)
+        return most_used
 
     def tolerance(self) -> Floats:
         """float64 [M]: how far a sum may pass a limit through rounding alone."""
@@ -109,6 +114,7 @@ class Problem:
         return self.cost + self.charge(prices)
 
     def cost_of(self, assignment: Ints) -> float:
+        """The total cost of an assignment [B]."""
         return float(self.cost[assignment, np.arange(self.num_items)].sum())
 
     def used(self, assignment: Ints) -> Floats:
@@ -126,6 +132,7 @@ class Problem:
         return change
 
     def fits(self, assignment: Ints) -> bool:
+        """Whether an assignment [B] holds every limit, to the tolerance."""
         return bool((self.used(assignment) <= self.limits + self.tolerance()).all())
 
     def ceiling(self) -> float:
@@ -138,14 +145,17 @@ class Problem:
 
     def lift(self, bound: float) -> float:
         """A lower bound raised to the next value that a cost can take."""
-        return bound if not self.grain else max(bound, np.ceil(bound / self.grain - 1e-6) * self.grain)
+        return bound if not self.grain else max(bound, float(np.ceil(bound / self.grain - 1e-6)) * self.grain)
 
     def loss_of(self, cost: float) -> float:
-        return self.offset + self.scale * cost
+        """A cost in the caller's units."""
+        return float(self.offset + self.scale * cost)
 
 
 def cheapest(priced: Floats) -> tuple[Floats, Ints]:
-    """Column minima [B] and where they are [B] of a [S, B] array (first of equals), faster than argmin over a short axis."""
+    """Column minima [B] and where they are [B] of a [S, B] array (first of equals), faster than argmin over a short
+    axis.
+    """
     best = priced[0].copy()
     where = np.zeros(priced.shape[1], dtype=np.int64)
     for scheme in range(1, priced.shape[0]):

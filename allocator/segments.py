@@ -51,7 +51,8 @@ def solve_segments(problem: Problem, segment: Ints, oracle: LaunchOracle | None,
 
 def _part(problem: Problem, items: Ints, i: int) -> Problem:
     resources = tuple(
-        Resource(name=r.name, amount=np.ascontiguousarray(r.amount[:, items]), limit=r.limit[i : i + 1]) for r in problem.resources
+        Resource(name=r.name, amount=np.ascontiguousarray(r.amount[:, items]), limit=r.limit[i : i + 1])
+        for r in problem.resources
     )
     return replace(problem, cost=np.ascontiguousarray(problem.cost[:, items]), resources=resources)
 

@@ -57,7 +57,14 @@ class Sensitivity:
 
     @classmethod
     def from_losses(
-        cls, losses: dict[tuple[LinearId, QuantScheme], float], *, model: str, metric: str, data: str, num_samples: int, seed: int
+        cls,
+        losses: dict[tuple[LinearId, QuantScheme], float],
+        *,
+        model: str,
+        metric: str,
+        data: str,
+        num_samples: int,
+        seed: int,
     ) -> Sensitivity:
         """A table of these losses. DataError as for a file."""
         rows = [(i.layer, i.expert, i.linear.value, scheme.name, loss) for (i, scheme), loss in losses.items()]
@@ -93,14 +100,21 @@ class Sensitivity:
         """All rows, sorted by key."""
         return self._frame.copy()
 
-    def arrays(self) -> tuple[tuple[LinearId, ...], tuple[QuantScheme, ...], np.ndarray[tuple[int, int], np.dtype[np.float64]]]:
+    def arrays(
+        self,
+    ) -> tuple[tuple[LinearId, ...], tuple[QuantScheme, ...], np.ndarray[tuple[int, int], np.dtype[np.float64]]]:
         """Blocks, schemes and losses float64 [blocks, schemes], inf where the table has no row."""
         wide = self._frame.pivot(index=list(KEY[:3]), columns="scheme", values="loss")
         blocks = tuple(
-            LinearId(layer=int(layer), expert=int(expert), linear=Linear(linear)) for layer, expert, linear in wide.index
+            LinearId(layer=int(layer), expert=int(expert), linear=Linear(linear))
+            for layer, expert, linear in wide.index
         )
         values = wide.to_numpy(dtype=np.float64)
-        return blocks, tuple(schemes.parse(str(name)) for name in wide.columns), np.where(np.isnan(values), np.inf, values)
+        return (
+            blocks,
+            tuple(schemes.parse(str(name)) for name in wide.columns),
+            np.where(np.isnan(values), np.inf, values),
+        )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Sensitivity:
@@ -115,7 +129,9 @@ class Sensitivity:
                 table = pa.Table.from_pandas(self._frame, schema=SCHEMA, preserve_index=False)
                 pq.write_table(table, temporary, write_page_checksum=True)
         except OSError as error:
-            raise DataError(f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged") from error
+            raise DataError(
+                f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged"
+            ) from error
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -129,7 +145,9 @@ def _read(path: Path) -> pd.DataFrame:
     if {"schema_version", "loss"} <= set(table.column_names):
         for version in table.column("schema_version").unique().to_pylist():
             if version != SCHEMA_VERSION:
-                raise DataError(f"{path}: a sensitivity of schema version {version}; this version of bitile reads {SCHEMA_VERSION}")
+                raise DataError(
+                    f"{path}: a sensitivity of schema version {version}; this version of bitile reads {SCHEMA_VERSION}"
+                )
     if sorted(table.column_names) != sorted(SCHEMA.names):
         raise DataError(f"{path}: not a sensitivity; it has the columns {', '.join(table.column_names)}")
     frame: pd.DataFrame = table.to_pandas()
@@ -151,7 +169,9 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     frame = frame.sort_values(list(KEY), kind="stable").reset_index(drop=True)
     for name in PROVENANCE:
         if frame[name].nunique() > 1:
-            raise DataError(f"{where}: a sensitivity is of one {name}, this has {', '.join(sorted(map(str, frame[name].unique())))}")
+            raise DataError(
+                f"{where}: a sensitivity is of one {name}, this has {', '.join(sorted(map(str, frame[name].unique())))}"
+            )
     _check_values(frame, where)
     twice = frame.duplicated(list(KEY))
     if twice.any():

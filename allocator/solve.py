@@ -20,7 +20,7 @@ from profiles.models import find_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0 when an allocation was written, 2 on a user's mistake, whose sentence goes to stderr."""
+    """The command line. Returns 0 when an allocation was written, 2 on a user's mistake (its sentence on stderr)."""
     arguments = _parser().parse_args(argv)
     try:
         allocation = _run(arguments)
@@ -40,7 +40,9 @@ def _run(arguments: argparse.Namespace) -> Allocation:
     )
     options = Options(
         granularity=Granularity(arguments.granularity),
-        schemes=None if arguments.schemes is None else tuple(schemes.parse(name) for name in arguments.schemes.split(",")),
+        schemes=None
+        if arguments.schemes is None
+        else tuple(schemes.parse(name) for name in arguments.schemes.split(",")),
         max_schemes=arguments.max_schemes,
     )
     if not arguments.out.absolute().parent.is_dir():
@@ -102,13 +104,14 @@ def report(allocation: Allocation, out: Path) -> str:
     total = len(allocation.assignment)
     shares = ", ".join(f"{name} {count / total:.1%}" for name, count in _counts(allocation).items())
     lines = [
-        f"{allocation.model}" + (f" on {allocation.gpu}" if allocation.gpu else "") + f": {total} linears, {allocation.granularity.value} by {allocation.granularity.value}",
+        f"{allocation.model}"
+        + (f" on {allocation.gpu}" if allocation.gpu else "")
+        + f": {total} linears, {allocation.granularity.value} by {allocation.granularity.value}",
         "",
         *_table([head, *rows]),
         "",
-        f"loss {allocation.predicted_loss:.6g}, no allocation within the budget is below {allocation.bound:.6g} (gap {allocation.gap:.2%})"
-        if allocation.gap >= 5e-5
-        else f"loss {allocation.predicted_loss:.6g}, no allocation within the budget is below {allocation.bound:.6g} (gap {allocation.gap:.1e})",
+        f"loss {allocation.predicted_loss:.6g}; no allocation within the budget is below {allocation.bound:.6g}"
+        f" (gap {100 * allocation.gap:.2g}%)",
         f"schemes: {shares}",
         *_worth(allocation),
         f"wrote {out}",
@@ -133,7 +136,8 @@ def _table(rows: list[list[str]]) -> list[str]:
     last = len(widths) - 1
     return [
         "  ".join(
-            text.ljust(width) if i in (0, last) else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True))
+            text.ljust(width) if i in (0, last) else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
@@ -142,14 +146,18 @@ def _table(rows: list[list[str]]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m allocator.solve",
-        description="Choose a scheme for every linear of every expert: least loss within the budget, with a certified gap.",
+        description="Choose a scheme for every linear of every expert: least loss in the budget, with a certified gap.",
     )
     parser.add_argument("--sensitivity", required=True, type=Path, metavar="FILE", help="losses, Parquet")
     parser.add_argument("--cost", type=Path, metavar="FILE", help="a cost table, Parquet: latencies and kernels")
     parser.add_argument("--budget-bits", type=float, metavar="BITS", help="most stored bits per weight, on average")
     parser.add_argument("--budget-bytes", type=int, metavar="BYTES", help="the same limit in bytes")
     parser.add_argument(
-        "--max-latency", action="append", default=[], metavar="SCENARIO=US", help="most latency in a scenario; may be repeated"
+        "--max-latency",
+        action="append",
+        default=[],
+        metavar="SCENARIO=US",
+        help="most latency in a scenario; may be repeated",
     )
     parser.add_argument("--per-layer", action="store_true", help="--budget-bits holds in every layer")
     parser.add_argument(
@@ -166,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="most schemes a launch may hold (default: %(default)s)",
     )
-    parser.add_argument("--model", metavar="NAME", help="a known model or a config.json (default: the sensitivity's model)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a known model or a config.json (default: the sensitivity's model)"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the allocation to write, JSON")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser

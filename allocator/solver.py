@@ -1,4 +1,4 @@
-"""The solver's steps in order: reach, dual, rounding, core, HiGHS. Works on a Problem; solve_arrays is its public face."""
+"""The solver's steps in order: reach, dual, rounding, core, HiGHS. Works on a Problem; solve_arrays is its face."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ _MOST_LAUNCH_VARIABLES = 4000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How far to go. Up to small_items items the gap is to be closed; larger instances stop at good_gap, and skip the thorough pass when
-    the quick one came within fair_gap.
+    """How far to go. Up to small_items items the gap is to be closed; larger instances stop at good_gap.
 
-    narrow, wide: (states, items) of the core's search, the quick pass and the thorough one. Seconds bound HiGHS alone; they are reached
-    on hard instances only, and are then the one thing that makes the result depend on the machine.
+    narrow, wide: (states, items) of the core's search, the quick pass and the thorough one. Seconds bound HiGHS alone;
+    they are reached on hard instances only, and are then the one thing that makes the result depend on the machine.
     """
 
-    good_gap: float = 1e-6
-    fair_gap: float = 2e-5
+    good_gap: float = 1e-5
     small_items: int = 3000
     narrow: tuple[int, int] = (4_000, 150)
     wide: tuple[int, int] = (60_000, 600)
@@ -38,7 +36,9 @@ class Effort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """found.assignment is None when nothing fits (found.complete: proven); dual is None when even mixtures cannot reach the limits."""
+    """found.assignment is None when nothing fits (found.complete: proven); dual is None when even mixtures cannot reach
+    the limits.
+    """
 
     found: Found
     dual: Dual | None
@@ -65,9 +65,9 @@ def solve(problem: Problem, effort: Effort) -> Outcome:
     incumbent = first_solution(problem, dual)
     cost = np.inf if incumbent is None else problem.cost_of(incumbent)
     found = Found(assignment=incumbent, cost=cost, bound=min(problem.lift(dual.bound), cost), complete=False)
-    found = _deepen(problem, dual, found, effort.narrow, effort.good_gap, effort)
+    found = _deepen(problem, dual, found, effort.narrow, effort)
     found = _finish(problem, dual, found, effort.milp_seconds / 4, effort)
-    found = _deepen(problem, dual, found, effort.wide, effort.fair_gap, effort)
+    found = _deepen(problem, dual, found, effort.wide, effort)
     found = _finish(problem, dual, found, effort.milp_seconds, effort)
     return Outcome(found=found, dual=dual)
 
@@ -78,24 +78,24 @@ def _finish(problem: Problem, dual: Dual, found: Found, seconds: float, effort: 
     return finish(problem, dual, found, most_variables=effort.milp_variables, seconds=seconds)
 
 
-def _done(problem: Problem, found: Found, effort: Effort, good_gap: float) -> bool:
+def _done(problem: Problem, found: Found, effort: Effort) -> bool:
     if found.complete or found.cost <= found.bound:
         return True
-    return problem.num_items > effort.small_items and relative_gap(problem, found) <= good_gap
+    return problem.num_items > effort.small_items and relative_gap(problem, found) <= effort.good_gap
 
 
 def _deepen(
-    problem: Problem, dual: Dual, found: Found, breadth: tuple[int, int], good_gap: float, effort: Effort
+    problem: Problem, dual: Dual, found: Found, breadth: tuple[int, int], effort: Effort
 ) -> Found:
     """Search the core again as long as a better incumbent makes it smaller."""
     if problem.num_limits > _CORE_LIMITS:
         return found
     for _ in range(4):
-        if _done(problem, found, effort, good_gap):
+        if _done(problem, found, effort):
             return found
         keep = 0.0
         if problem.num_items > effort.small_items and found.assignment is not None:
-            keep = good_gap * abs(problem.loss_of(found.cost)) / problem.scale
+            keep = effort.good_gap * abs(problem.loss_of(found.cost)) / problem.scale
         states, items = breadth
         again = search(problem, dual, found.assignment, most_states=states, most_items=items, keep_gap=keep)
         assignment = again.assignment
@@ -111,8 +111,9 @@ def _deepen(
 
 
 def solve_launches(problem: Problem, oracle: LaunchOracle, effort: Effort) -> Outcome:
-    """With at most k schemes a launch: the dual over subsets bounds; settled subsets are solved as above, then chosen again at the
-    prices found, until they repeat."""
+    """With at most k schemes a launch: the dual over subsets bounds; settled subsets are solved as above, then chosen
+    again at the prices found, until they repeat.
+    """
     free = solve(problem, effort)
     if free.found.assignment is None or oracle.holds(free.found.assignment):
         return free

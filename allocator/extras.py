@@ -1,0 +1,16 @@
+"""What optional dependencies a command needs, said in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from profiles.errors import UserError
+
+MODELS = ("torch", "transformers", "safetensors")
+
+
+def require_models(command: str) -> None:
+    """UserError unless what reading checkpoints needs is installed."""
+    missing = [name for name in MODELS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{command} needs {', '.join(missing)}, not installed here: pip install 'bitile[models]'")
