@@ -12,7 +12,7 @@ from kernel_gen.sweeping.builds import can_compile, compiled
 from kernel_gen.sweeping.detect import describe, installed_gpus, matching_gpus
 from kernel_gen.sweeping.measuring import Bench, GpuBench, measure
 from kernel_gen.sweeping.plan import Backend, Cell, SweepRequest
-from kernel_gen.sweeping.predict import KEPT_PER_CELL, predict, wanted_builds
+from kernel_gen.sweeping.predict import predict, wanted_builds
 from kernel_gen.sweeping.run import SweepResult, run
 from profiles.errors import SpecError, UserError
 from profiles.records import ProfileRecord, Source
@@ -102,11 +102,14 @@ def _predicted(
             if ray_address is None
             else cluster.predict_on(ray_address, request, cells)
         )
-        total = sum(min(KEPT_PER_CELL, len(cell.configs)) for cell in cells)
-        with progress.phase("predicted", total, live=live) as bar:
+        seen: set[tuple[object, ...]] = set()
+        with progress.phase("predicted", len(cells), live=live) as bar:
             for record in made:
                 yield record
-                bar.step(f"{record.model} {record.linear} {record.config.name}")
+                place = record.model, record.linear, record.load.tokens_per_expert, record.schemes
+                if place not in seen:
+                    seen.add(place)
+                    bar.step(f"{record.model} {record.linear}")
 
     return run(request, cells, rows, source=Source.PREDICTED)
 

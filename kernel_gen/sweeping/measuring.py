@@ -116,7 +116,7 @@ def measure(
     """A row for each cell's most promising configurations: those that the profile has as they are, the others measured
     now.
     """
-    candidates = [candidate for cell in cells for candidate in cell.candidates(TRIES_PER_CELL[request.effort])]
+    candidates = [cell.candidate(config) for cell in cells for config in cell.configs[: TRIES_PER_CELL[request.effort]]]
     bench.build(candidates, live=live)
     remaining: list[Candidate] = []
     built: dict[Candidate, Built] = {}

@@ -99,17 +99,19 @@ class LoadCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One workload under one load, with configurations worth trying, best first by the analytic model."""
+    """One workload under one load, with every configuration that can run it, best first by the analytic model.
+
+    `prices_us` are its latencies, in the same order, over the facts known when the plan was made.
+    """
 
     workload: Workload
     case: LoadCase
     configs: tuple[KernelConfig, ...]
+    prices_us: tuple[float, ...]
 
-    def candidates(self, limit: int) -> Iterator[Candidate]:
-        """The first `limit` configurations as candidates."""
-        return (
-            Candidate(workload=self.workload, load=self.case.load, config=config) for config in self.configs[:limit]
-        )
+    def candidate(self, config: KernelConfig) -> Candidate:
+        """One of the configurations as a candidate."""
+        return Candidate(workload=self.workload, load=self.case.load, config=config)
 
 
 def default_schemes(gpu: GpuSpec, effort: Effort, bundle: Bundle | None) -> tuple[QuantScheme, ...]:
@@ -225,8 +227,13 @@ def _ranked(request: SweepRequest, workload: Workload, cases: Sequence[LoadCase]
     latency_us = launch_latencies(request.gpu, launches)["latency_us"].to_numpy().reshape(len(cases), len(configs))
     ranks = np.argsort(latency_us, axis=1, kind="stable")
     return [
-        Cell(workload=workload, case=case, configs=tuple(configs[index] for index in order))
-        for case, order in zip(cases, ranks, strict=True)
+        Cell(
+            workload=workload,
+            case=case,
+            configs=tuple(configs[index] for index in order),
+            prices_us=tuple(prices[order].tolist()),
+        )
+        for case, order, prices in zip(cases, ranks, latency_us, strict=True)
     ]
 
 

@@ -36,7 +36,8 @@ BUILDS_PER_KERNEL = {Effort.QUICK: 3, Effort.FULL: 12}
 seconds from the cache.
 """
 KEPT_PER_CELL = 4
-"""Configurations whose prediction is kept for each workload and load: a prediction can be made again in microseconds.
+"""Configurations whose prediction is kept for each workload and load, beside those that were built: a prediction can be
+made again in microseconds.
 """
 
 Slots = tuple[frozenset[QuantScheme], int]
@@ -66,12 +67,9 @@ def _group_builds(request: SweepRequest, group: Sequence[Cell]) -> list[KernelSp
     index = {config: row for row, config in enumerate(configs)}
     latency_us = np.full((len(configs), len(group)), np.inf)
     for column, cell in enumerate(group):
-        kept = list(cell.candidates(KEPT_PER_CELL))
-        for candidate, price in zip(kept, _prices_us(request, kept, {}), strict=True):
-            latency_us[index[candidate.config], column] = price
-    workload = group[0].workload
+        latency_us[[index[config] for config in cell.configs], column] = cell.prices_us
     return [
-        Candidate(workload=workload, load=group[0].case.load, config=configs[row]).spec(request.gpu)
+        group[0].candidate(configs[row]).spec(request.gpu)
         for row in least_regret(latency_us, BUILDS_PER_KERNEL[request.effort])
     ]
 
@@ -94,13 +92,14 @@ def least_regret(latency_us: npt.NDArray[np.float64], limit: int) -> list[int]:
 
 
 def predict(request: SweepRequest, cells: Sequence[Cell], built: Mapping[KernelSpec, Built]) -> Iterator[ProfileRecord]:
-    """A row for each cell's best configurations, in the order of `cells`, over the facts in `built` or in the bundle,
-    else over estimates.
+    """Rows for each cell, in the order of `cells`: its best configurations, and all that were built for its schemes.
+
+    Latencies are over the facts in `built` or in the bundle, else over estimates.
     """
     versions = model_versions(with_compiler=bool(built))
     for cell in cells:
         facts = _built_for(request, cell.workload, built)
-        candidates = list(cell.candidates(KEPT_PER_CELL))
+        candidates = [cell.candidate(config) for config in kept(cell, () if request.bundle else facts)]
         for candidate, price_us in zip(candidates, _prices_us(request, candidates, facts), strict=True):
             known = facts.get(candidate.config)
             failure = known.failure if known else None
@@ -111,6 +110,12 @@ def predict(request: SweepRequest, cells: Sequence[Cell], built: Mapping[KernelS
                 kernel_fingerprint=known.fingerprint if known else "",
                 versions=versions,
             )
+
+
+def kept(cell: Cell, built: Iterable[KernelConfig]) -> list[KernelConfig]:
+    """The configurations of a cell whose predictions become rows: the first few, and those of `built` that run it."""
+    also = sorted(set(cell.configs) & set(built), key=lambda config: config.name)
+    return list(dict.fromkeys([*cell.configs[:KEPT_PER_CELL], *also]))
 
 
 def _built_for(

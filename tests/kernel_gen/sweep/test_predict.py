@@ -57,7 +57,7 @@ def test_estimated_rows_are_the_analytic_model_over_estimates(tmp_path: Path) ->
             candidate.key(gpu="rtx4090", source=Source.PREDICTED, kernel_fingerprint="")
             for cell in cells
             if (cell.workload.linear, cell.case.load, cell.workload.schemes) == (row.linear, row.load, row.schemes)
-            for candidate in cell.candidates(KEPT_PER_CELL)
+            for candidate in map(cell.candidate, cell.configs[:KEPT_PER_CELL])
             if candidate.config == row.config
         )
 
