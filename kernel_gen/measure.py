@@ -8,7 +8,7 @@ at a time, so that nothing unpacked of the whole stack exists. A workload that d
 candidates ("out of memory"), not of the sweep.
 
 Weights come from DRAM: each launch in the timed graph reads other entries of the stack for its active experts, and
-where the whole stack is smaller than twice the L2 cache, further copies of it are made (`Rotation`).
+where a stack is too small for that, further copies of it are made (`Rotation`).
 """
 
 from __future__ import annotations
@@ -150,27 +150,33 @@ def reference(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """How a timed graph keeps L2 cold: `turns` launches read disjoint entries of the stacks, and `copies` copies of the
-    stacks follow each other.
+    """How a timed graph keeps L2 cold: its `launches` read each stack's entries in turn, `turns` times disjoint ones,
+    then those of the next of `copies` copies. One number a stack.
     """
 
-    turns: int
-    copies: int
+    launches: int
+    turns: tuple[int, ...]
+    copies: tuple[int, ...]
 
     @classmethod
     def of(
         cls, members: Sequence[Sequence[int]], entry_bytes: Sequence[int], load: TokenLoad, l2_bytes: int
     ) -> Rotation:
-        """Enough of both that COLD_L2_FACTOR times `l2_bytes` are read between two reads of one entry. `entry_bytes`:
-        one expert's, per stack.
+        """The fewest of each so that COLD_L2_FACTOR times `l2_bytes` are read between two reads of one entry.
+
+        `entry_bytes`: one expert's packed weights, per stack.
         """
-        active = [_num_active(experts, load) for experts in members]
-        turns = max(
-            1, min((len(experts) // count for experts, count in zip(members, active, strict=True) if count), default=1)
-        )
+        active = [sum(load.tokens_per_expert[expert] > 0 for expert in experts) for experts in members]
         touched = sum(count * size for count, size in zip(active, entry_bytes, strict=True))
-        wanted = COLD_L2_FACTOR * l2_bytes + touched
-        return cls(turns=turns, copies=max(1, math.ceil(wanted / max(1, turns * touched))))
+        launches = 1 + math.ceil(COLD_L2_FACTOR * l2_bytes / max(1, touched))
+        turns = tuple(
+            len(experts) // count if count else launches for experts, count in zip(members, active, strict=True)
+        )
+        return cls(launches=launches, turns=turns, copies=tuple(math.ceil(launches / each) for each in turns))
+
+    def place(self, stack: int, launch: int) -> tuple[int, int]:
+        """(copy, turn) of a stack in a launch."""
+        return divmod(launch % (self.turns[stack] * self.copies[stack]), self.turns[stack])
 
 
 def rotated_members(experts: Sequence[int], load: TokenLoad, turn: int) -> list[int]:
@@ -285,14 +291,16 @@ class Weights:
 
     def sets(self, load: TokenLoad, rotation: Rotation) -> Iterator[Experts]:
         """The experts of each launch of a timed graph."""
-        for copy in range(rotation.copies):
-            stacks = (
-                self.stacks
-                if copy == 0
-                else [_map_parts(stack, stack.num_experts, torch.clone) for stack in self.stacks]
+        copies = [
+            [stack, *(_map_parts(stack, stack.num_experts, torch.clone) for _ in range(count - 1))]
+            for stack, count in zip(self.stacks, rotation.copies, strict=True)
+        ]
+        for launch in range(rotation.launches):
+            places = [rotation.place(stack, launch) for stack in range(len(copies))]
+            yield Experts(
+                [of_stack[copy] for of_stack, (copy, _) in zip(copies, places, strict=True)],
+                [rotated_members(experts, load, turn) for experts, (_, turn) in zip(self.members, places, strict=True)],
             )
-            for turn in range(rotation.turns):
-                yield Experts(stacks, [rotated_members(experts, load, turn) for experts in self.members])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -336,10 +344,6 @@ def _failed(status: Status, error: Exception, *, context_lost: bool = False) -> 
     """The failure with the first line of what was said: torch appends advice for its own users."""
     text = str(error).strip().splitlines()
     return Measurement.failed(status, f"{type(error).__name__}: {text[0] if text else ''}", context_lost=context_lost)
-
-
-def _num_active(experts: Sequence[int], load: TokenLoad) -> int:
-    return sum(load.tokens_per_expert[expert] > 0 for expert in experts)
 
 
 def _parts(stack: PackedWeights) -> list[Tensor]:

@@ -69,7 +69,9 @@ class Crossover:
 
 
 def kind(scheme: str) -> str:
-    """A scheme's bits and number type, group size and symmetry apart: "w4a16_g128_asym" is a "w4a16"."""
+    """A scheme's bits and number type, group size and symmetry apart: "w4a16_g128_asym" is a "w4a16". A mix is itself."""
+    if "+" in scheme:
+        return scheme
     bits, *rest = scheme.split("_")
     return f"{bits}_e4m3" if "e4m3" in rest else bits
 

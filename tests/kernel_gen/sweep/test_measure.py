@@ -1,6 +1,7 @@
 """What surrounds a launch, on the CPU: checks of values and bounds, stacks, reference, the rotation for a cold L2."""
 
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
@@ -109,22 +110,35 @@ def test_rotated_members_are_a_permutation(tokens: list[int], turn: int) -> None
     assert sorted(rotated_members(experts, load, turn)) == experts
 
 
-@given(loads, st.integers(1, 1 << 20), st.integers(1, 1 << 24))
-def test_no_entry_is_read_again_before_l2_has_turned_over(tokens: list[int], entry_bytes: int, l2_bytes: int) -> None:
+@given(loads, st.integers(1 << 10, 1 << 20), st.integers(1, 1 << 24), st.randoms())
+def test_no_entry_is_read_again_before_l2_has_turned_over(
+    tokens: list[int], entry_bytes: int, l2_bytes: int, random: Random
+) -> None:
     load = TokenLoad(tokens_per_expert=tuple(tokens), source="test")
     experts = list(range(len(tokens)))
-    rotation = Rotation.of([experts], [entry_bytes], load, l2_bytes)
-    reads = []
-    for copy in range(min(rotation.copies, 3)):
-        for turn in range(rotation.turns):
-            members = rotated_members(experts, load, turn)
-            reads.append({(copy, entry) for entry, expert in enumerate(members) if tokens[expert]})
-    active = sum(count > 0 for count in tokens)
-    assert all(len(read) == active for read in reads)
-    assert sum(map(len, reads)) == len(set().union(*reads))  # a whole turn reads nothing twice
-    between = (rotation.turns * rotation.copies - 1) * active * entry_bytes
-    assert between >= 2 * l2_bytes
-    assert (rotation.copies - 1) * rotation.turns * active * entry_bytes <= 2 * l2_bytes + active * entry_bytes
+    cut = random.randint(0, len(experts))
+    members = [part for part in (experts[:cut], experts[cut:]) if part]
+    sizes = [entry_bytes, 3 * entry_bytes][: len(members)]
+    rotation = Rotation.of(members, sizes, load, l2_bytes)
+    last: dict[tuple[int, int, int], int] = {}
+    read_bytes = 0
+    for launch in range(2 * rotation.launches):
+        before, read = read_bytes, []
+        for stack, of_stack in enumerate(members):
+            copy, turn = rotation.place(stack, launch % rotation.launches)
+            assert copy < rotation.copies[stack]
+            for entry, expert in enumerate(rotated_members(of_stack, load, turn)):
+                if tokens[expert]:
+                    key = stack, copy, entry
+                    assert key not in last or before - last[key] >= 2 * l2_bytes
+                    read.append(key)
+        read_bytes += sum(sizes[stack] for stack, _, _ in read)
+        last |= dict.fromkeys(read, read_bytes)
+    extra = sum(
+        (copies - 1) * len(part) * size for copies, part, size in zip(rotation.copies, members, sizes, strict=True)
+    )
+    touched = read_bytes / (2 * rotation.launches)
+    assert extra <= 2 * (2 * l2_bytes + touched)  # what the copies take beside the stacks
 
 
 def test_experts_take_rotated_members_of_two_stacks() -> None:
@@ -133,7 +147,7 @@ def test_experts_take_rotated_members_of_two_stacks() -> None:
     load = TokenLoad(tokens_per_expert=(1, 0, 2, 0, 4), source="test")
     members = [[0, 2, 3], [1, 4]]
     rotation = Rotation.of(members, [stack.num_bytes // stack.num_experts for stack in stacks], load, 0)
-    assert (rotation.turns, rotation.copies) == (1, 1)
+    assert (rotation.launches, rotation.turns, rotation.copies) == (1, (1, 2), (1, 1))
     turned = Experts(stacks, [rotated_members(experts, load, 1) for experts in members])
     plan = {row[0]: row[1:3] for row in turned.bind((first, second)).plan.tolist()}
     assert sorted(plan) == [0, 1, 2, 3, 4]
@@ -150,8 +164,12 @@ def test_inputs_of_a_mixed_workload_are_what_a_launch_needs() -> None:
     assert inputs.experts.scheme_of_expert == work.schemes
     assert len(inputs.sets) > 1
     assert all(experts.scheme_of_expert == work.schemes for experts in inputs.sets)
-    addresses = {experts.bind(slots).weights[0, 0].item() for experts in inputs.sets}
-    assert len(addresses) == Rotation.of(inputs.weights.members, [1, 1], load, 0).turns * len(inputs.sets)
+    for slot in range(2):  # each slot has one active expert of two at least, so no launch repeats another's entry
+        places = [
+            (experts.bind(slots).weights[slot, 0].item(), experts.bind(slots).plan[:, 2].tolist())
+            for experts in inputs.sets
+        ]
+        assert len({str(place) for place in places}) == len(places)
 
     def launch() -> None:  # a right kernel, by other means
         x = inputs.activations.tensors[0]

@@ -36,6 +36,7 @@ def test_kinds() -> None:
         "w8a8",
         "w8a8_e4m3",
     ]
+    assert kind("w4a16_g128_sym:0.5+w8a8_g-1_sym:0.5") not in ("w4a16", "w8a8")  # a mix is no variant of either
 
 
 def test_a_crossover_lies_where_the_lines_cross() -> None:
