@@ -10,19 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_gen import build_report
 from kernel_gen.bundle import Bundle, RefusedKernel, write_bundle
 from kernel_gen.cache import KernelCache, default_cache_dir
-from kernel_gen.compiler import Artifact
+from kernel_gen.compiler import Artifact, dsl_version
 from kernel_gen.gate import rejections
 from kernel_gen.kernels import KernelSpec
+from kernel_gen.linker import check_installed
 from kernel_gen.pool import Failure, Outcome, compile_all
 from kernel_gen.space import Effort, enumerate_configs
+from kernel_gen.sweeping.progress import Phase, phase
+from kernel_gen.timing import monotonic_s
 from profiles import schemes
 from profiles.errors import SpecError, UnsupportedError, UserError
 from profiles.gpus import GpuSpec, gpu
@@ -49,6 +52,8 @@ compiled; 2 a mistake in the command; 130 interrupted"""
 
 Slots = tuple[QuantScheme, ...]
 """The schemes of one kernel, one a slot."""
+Track = Callable[[int], AbstractContextManager[Phase]]
+"""Shows progress: given the number of steps, a context that is told of each."""
 EVERY_SCHEME: tuple[Slots, ...] = tuple((scheme,) for scheme in KERNEL_SCHEMES)
 
 
@@ -89,6 +94,15 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GatedKernels:
+    """What became of some kernels: those that may run, and those that may not or could not be compiled."""
+
+    kept: tuple[Artifact, ...]
+    refused: tuple[RefusedKernel, ...]
+    num_cached: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
     """A finished build. `num_cached` of the plan's kernels were there already; `seconds` is the whole build's wall
     time.
@@ -103,6 +117,16 @@ class BuildResult:
     def failures(self) -> tuple[RefusedKernel, ...]:
         """Kernels that the gate never saw: the compiler refused them, or its process died or hung."""
         return tuple(item for item in self.bundle.refused if item.status is not Status.REJECTED)
+
+
+class _Silent:
+    def step(self, note: str = "") -> None:
+        """Show nothing."""
+
+
+def silent(num_kernels: int) -> AbstractContextManager[Phase]:
+    """No progress is shown."""
+    return nullcontext(_Silent())
 
 
 def make_plan(request: BuildRequest) -> Plan:
@@ -126,42 +150,45 @@ def make_plan(request: BuildRequest) -> Plan:
     return Plan(specs=tuple(specs), rejected=tuple(rejected))
 
 
-def build(
-    request: BuildRequest,
-    plan: Plan,
-    cache: KernelCache,
-    *,
-    on_start: Callable[[int, int], None] = lambda total, cached: None,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-) -> BuildResult:
-    """Compile what the cache lacks, gate everything, and write the bundle.
+def compile_and_gate(
+    specs: Sequence[KernelSpec], gpu: GpuSpec, cache: KernelCache, *, jobs: int | None = None, track: Track = silent
+) -> GatedKernels:
+    """Compile what the cache lacks, in parallel, and judge every kernel by the gate.
 
-    `on_start(total, cached)` is called before the first compilation, `on_outcome` after each. A rejection by the gate,
-    or a kernel that cannot be compiled, is recorded in the bundle with its reasons. UserError when no kernel is left;
-    OSError when a disk is full.
+    `track(n)` gives the context in which n kernels are compiled and that is told of each. OSError when a disk is full.
     """
-    started = time.perf_counter()
-    found = {spec: cache.get(spec) for spec in plan.specs}
-    missing = [spec for spec, artifact in found.items() if artifact is None]
-    on_start(len(plan.specs), len(plan.specs) - len(missing))
-    outcomes: dict[KernelSpec, Outcome] = {spec: artifact for spec, artifact in found.items() if artifact is not None}
-    outcomes |= {
-        outcome.spec: outcome for outcome in compile_all(missing, cache, jobs=request.jobs, on_outcome=on_outcome)
+    outcomes: dict[KernelSpec, Outcome] = {
+        spec: artifact for spec in specs if (artifact := cache.get(spec)) is not None
     }
+    missing = [spec for spec in specs if spec not in outcomes]
+    with track(len(missing)) as phase:
+        compiled = compile_all(missing, cache, jobs=jobs, on_outcome=lambda outcome: phase.step(outcome.spec.label))
+    outcomes |= {outcome.spec: outcome for outcome in compiled}
     kept: list[Artifact] = []
     refused: list[RefusedKernel] = []
-    for spec in plan.specs:
+    for spec in specs:
         outcome = outcomes[spec]
         if isinstance(outcome, Failure):
             refused.append(RefusedKernel(spec=spec, status=outcome.status, reasons=(outcome.error,)))
-        elif reasons := rejections(outcome.code, spec, request.gpu):
+        elif reasons := rejections(outcome.code, spec, gpu):
             refused.append(RefusedKernel(spec=spec, status=Status.REJECTED, reasons=reasons))
         else:
             kept.append(outcome)
-    bundle = write_bundle(request.out_dir, request.gpu, kept, refused)
-    return BuildResult(
-        plan=plan, bundle=bundle, num_cached=len(plan.specs) - len(missing), seconds=time.perf_counter() - started
-    )
+    return GatedKernels(kept=tuple(kept), refused=tuple(refused), num_cached=len(specs) - len(missing))
+
+
+def build(request: BuildRequest, plan: Plan, cache: KernelCache, *, track: Track = silent) -> BuildResult:
+    """Compile, gate, and write the bundle. A rejection by the gate, or a kernel that cannot be compiled, is recorded in
+    the bundle with its reasons. UserError when no kernel is left; OSError when a disk is full.
+    """
+    started = monotonic_s()
+    if request.out_dir.exists() and not request.out_dir.is_dir():
+        raise SpecError(f"{request.out_dir} is a file: name a folder for the bundle")
+    dsl_version()
+    check_installed()
+    gated = compile_and_gate(plan.specs, request.gpu, cache, jobs=request.jobs, track=track)
+    bundle = write_bundle(request.out_dir, request.gpu, gated.kept, gated.refused)
+    return BuildResult(plan=plan, bundle=bundle, num_cached=gated.num_cached, seconds=monotonic_s() - started)
 
 
 def parse_slots(text: str) -> tuple[Slots, ...]:
@@ -212,10 +239,12 @@ def _run(request: BuildRequest, *, explain: bool, as_json: bool) -> int:
     plan = make_plan(request)
     if explain:
         build_report.print_rejected(plan, file=sys.stderr if as_json else sys.stdout)
-    with build_report.Progress() as progress:
-        result = build(
-            request, plan, KernelCache(root=default_cache_dir()), on_start=progress.start, on_outcome=progress.advance
-        )
+    result = build(
+        request,
+        plan,
+        KernelCache(root=default_cache_dir()),
+        track=lambda num_kernels: phase("compiling", num_kernels, live=True),
+    )
     if as_json:
         print(json.dumps(build_report.summary(request, result), indent=1))
     else:

@@ -1,4 +1,4 @@
-"""What a build shows: its progress, a closing table, every rejection with its reasons."""
+"""What a build shows at its end: a table, and every rejection with its reasons."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
-from kernel_gen.pool import Failure, Outcome
 from profiles.schemes import QuantScheme
 
 if TYPE_CHECKING:
@@ -40,43 +36,6 @@ def count_kinds(reasons: Iterable[tuple[str, ...]]) -> list[Kind]:
         counts[pattern] += 1
         examples.setdefault(pattern, reason)
     return [Kind(count=count, example=examples[pattern]) for pattern, count in counts.most_common()]
-
-
-class Progress:
-    """Live progress on standard error: kernels done, time left, and each failure as it happens."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Bar(*columns, console=self._console)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def start(self, total: int, cached: int) -> None:
-        """The bar counts what is to be compiled; what the cache has is only said."""
-        self._console.print(f"{total} kernels: {cached} in the cache, {total - cached} to compile", highlight=False)
-        if total > cached:
-            self._task = self._bar.add_task("compiling", total=total - cached)
-
-    def advance(self, outcome: Outcome) -> None:
-        """One kernel is done."""
-        if isinstance(outcome, Failure):
-            self._console.print(f"{outcome.spec.label}: {outcome.error}", style="red", highlight=False, soft_wrap=True)
-        self._bar.advance(self._task)
 
 
 def print_rejected(plan: Plan, file: TextIO) -> None:

@@ -12,7 +12,6 @@ import io
 import re
 import tempfile
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from costmodel.facts import BuildFacts
 from kernel_gen.gate import CodeFacts, build_facts, inspect_cubin
 from kernel_gen.kernels import KernelSpec, entry
+from kernel_gen.timing import monotonic_s
 from profiles.errors import BitileError, UserError
 from profiles.gpus import GpuSpec
 from profiles.kernels import Family
@@ -63,14 +63,14 @@ def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
     refuses it.
     """
     with tempfile.TemporaryDirectory(prefix=".dump-", dir=out_dir) as scratch:
-        started = time.perf_counter()
+        started = monotonic_s()
         # Only wgmma can be serialised behind our back, and asking for ptxas's log compiles the kernel twice.
         with_log = spec.config.family is Family.WGMMA
         with contextlib.redirect_stderr(io.StringIO()) as log:
             compiled = _compile(spec, f"--keep-cubin --dump-dir {scratch}" + (" remarks{ptx}" if with_log else ""))
         object_path = out_dir / f"{spec.name}.o"
         compiled.export_to_c(str(object_path), function_name=spec.name)
-        seconds = time.perf_counter() - started
+        seconds = monotonic_s() - started
         cubin = Path(scratch, f"{spec.name}.cubin")
         cubin.write_bytes(compiled.__cubin__)
         code = inspect_cubin(cubin, arch=spec.arch, ptxas_log=log.getvalue())

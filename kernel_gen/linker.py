@@ -12,43 +12,55 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from profiles.errors import BitileError, UserError
+from profiles.errors import UserError
 
 ERRORS_SOURCE = Path(__file__).with_name("bundle_errors.c")
 CUDA_MAJOR = "cu13"
+MAX_MESSAGE = 400
 EXPORTS = "{ global: __tvm_ffi_*; local: *; };\n"
 """A linker's version script: the names that tvm-ffi looks for, and no others."""
 
 
-class LinkError(BitileError):
-    """The linker failed on objects that this program made: a bug or a broken installation, not a user's mistake."""
+class LinkError(UserError):
+    """The linker failed: a disk is full, or the C compiler is broken."""
 
 
 def link(objects: Sequence[Path], library: Path) -> None:
     """Link `objects` into `library`. UserError when a wheel that linking needs is missing; LinkError when the linker
     fails.
     """
-    statics = [
-        _wheel_file(
-            "nvidia_cutlass_dsl", f"{CUDA_MAJOR}/lib/libcuda_dialect_runtime_static.a", "nvidia-cutlass-dsl[cu13]"
-        ),
-        _wheel_file("nvidia", f"{CUDA_MAJOR}/lib/libcudart_static.a", "nvidia-cuda-runtime"),
-    ]
     with tempfile.TemporaryDirectory(prefix="bitile-link-") as scratch:
         exports = Path(scratch, "exports.map")
         exports.write_text(EXPORTS)
         flags = ["-shared", "-fPIC", "-O1", f"-Wl,--version-script={exports}", "-o", str(library)]
         done = subprocess.run(
-            [*c_compiler(), *flags, *objects, ERRORS_SOURCE, *statics, "-ldl", "-lrt", "-lpthread"],
+            [*c_compiler(), *flags, *objects, ERRORS_SOURCE, *static_libraries(), "-ldl", "-lrt", "-lpthread"],
             capture_output=True,
             text=True,
             check=False,
         )
     if done.returncode:
-        raise LinkError(f"linking {library.name} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        why = textwrap.shorten(done.stderr, MAX_MESSAGE, placeholder=" ...") or f"exit code {done.returncode}"
+        raise LinkError(f"linking {library} failed: {why}")
+
+
+def check_installed() -> None:
+    """UserError when what linking needs is not there: cheaper to learn before hundreds of kernels are compiled."""
+    c_compiler()
+    static_libraries()
+
+
+def static_libraries() -> list[Path]:
+    """The static libraries that a bundle carries, from pip's wheels."""
+    dialect = f"{CUDA_MAJOR}/lib/libcuda_dialect_runtime_static.a"
+    return [
+        _wheel_file("nvidia_cutlass_dsl", dialect, "nvidia-cutlass-dsl[cu13]"),
+        _wheel_file("nvidia", f"{CUDA_MAJOR}/lib/libcudart_static.a", "nvidia-cuda-runtime"),
+    ]
 
 
 def c_compiler() -> list[str]:

@@ -1,6 +1,7 @@
 """Compiling many kernels at once: processes that are reused, that share the machine's memory, and of which one may die
 without harm to the others.
 
+Importing this needs nothing; compiling needs pebble and psutil, of the extra `compile`, as the compiler is.
 A finished kernel is in the cache before its result is reported, so that an interrupted build loses only the kernels in
 flight.
 """
@@ -15,9 +16,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
-from pebble import ProcessExpired, ProcessPool
 
 from kernel_gen.cache import KernelCache
 from kernel_gen.compiler import Artifact, CompileError, compile_kernel
@@ -70,6 +68,8 @@ def compile_all(
     """
     if not specs:
         return []
+    from pebble import ProcessPool
+
     cache.remove_leftovers()
     outcomes: dict[int, Outcome] = {}
     pool = ProcessPool(
@@ -105,6 +105,8 @@ def compile_into_cache(spec: KernelSpec, cache: KernelCache) -> Outcome:
 
 
 def _outcome(future: Future[Outcome], spec: KernelSpec, limit_s: float) -> Outcome:
+    from pebble import ProcessExpired
+
     try:
         return future.result()
     except ProcessExpired as error:
@@ -129,6 +131,8 @@ def _available_bytes() -> int:
     """Memory that new processes may take: the machine's or, in a container with a limit (cgroup v2), what that leaves,
     file cache not counted.
     """
+    import psutil
+
     available: int = psutil.virtual_memory().available
     limit = CGROUP / "memory.max"
     if limit.exists() and (text := limit.read_text().strip()).isdigit():

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kernel_gen import build as build_module
-from kernel_gen import build_report
+from kernel_gen import build_report, linker
 from kernel_gen.build import BuildRequest, main, make_plan, parse_slots
 from kernel_gen.bundle import load_bundle
 from kernel_gen.pool import Failure, Outcome
@@ -133,7 +133,7 @@ def test_kernel_that_cannot_be_compiled_is_recorded_and_the_exit_code_says_so(
     bundle = load_bundle(tmp_path / "bundle")
     assert [item.status for item in bundle.refused] == [Status.CRASHED]
     assert len(bundle.kernels) == 1
-    assert "ended with code -9" in capsys.readouterr().err
+    assert "ended with code -9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,47 @@ def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert arguments[-1] in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("few")
-def test_out_that_is_a_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_that_is_a_file_is_refused_before_anything_is_compiled(
+    tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "file"
     out.write_text("mine")
     assert main(command(out, "--schemes", ONE_KERNEL)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert str(out) in error
+    assert f"{out} is a file" in error
     assert out.read_text() == "mine"
+    assert not own_cache.exists()
+
+
+def test_missing_wheel_is_told_before_anything_is_compiled(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(linker, "CUDA_MAJOR", "cu99")
+    assert main(command(tmp_path / "bundle", "--schemes", ONE_KERNEL)) == 2
+    assert "pip install 'nvidia-cutlass-dsl[cu13]'" in capsys.readouterr().err
+    assert not own_cache.exists()
+
+
+def test_machine_without_the_compile_extra_is_told_what_to_install(tmp_path: Path) -> None:
+    """What pip would leave out, hidden: the command says what to install instead of failing to import it."""
+    hidden = ("pebble", "psutil", "nvidia_cutlass_dsl", "cutlass", "tvm_ffi", "torch")
+    code = f"""
+import importlib.metadata, sys
+sys.modules.update(dict.fromkeys({hidden}))
+installed = importlib.metadata.version
+def version(name):
+    if name.startswith("nvidia"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return installed(name)
+importlib.metadata.version = version
+from kernel_gen import build, linker
+build.check_installed = lambda: None
+sys.exit(build.main({command(tmp_path / "bundle", "--schemes", ONE_KERNEL)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'bitile[compile]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
