@@ -32,7 +32,7 @@ SWEEP_OUT := $(BUILD)/sweep/$(GPU)-$(MODEL)
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q . && echo yes)
 SWEEP_EXTRAS := compile$(if $(HAS_GPU),$(comma)torch)
 SWEEP_STAMP := $(VENV)/.sweep$(if $(HAS_GPU),-gpu)
-TEST_EXTRAS := compile,torch,allocator,ray,dev
+TEST_EXTRAS := all,dev
 
 help:
 	@sed -n 's/^#   //p' Makefile
