@@ -14,8 +14,14 @@ SUB_PARTITIONS_PER_SM = 4
 """Warp schedulers, each with its tensor core; every architecture since Volta."""
 SMEM_BYTES_PER_CLOCK = 128
 """32 banks of 4 bytes; CUDA C++ Programming Guide, "Shared Memory"."""
+WGMMA_ROWS = 64
+"""Rows of a wgmma; its four warps take 16 each."""
+WGMMA_MIN_TOKENS = 32
+"""A wgmma of fewer tokens takes as long as one of these: its A fragment, 2 KiB, goes from the registers to the tensor
+cores at 128 bytes a clock, the time of 32 tokens. A guess from that; published, full rate needs 64 with A in shared
+memory (arXiv 2402.13499)."""
 MMA_K = MappingProxyType({Math.BF16: 16, Math.INT8: 32, Math.E4M3: 32, Math.INT4: 64})
-"""k of one m16n8 mma.sync (PTX ISA, "Matrix shape")."""
+"""k of one m16n8 mma.sync, and of one wgmma (PTX ISA, "Matrix shape")."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +47,11 @@ class AnalyticConstants:
     """Queueing when DRAM is near its limit: a guess, between the idle latency (1) and about 2 at saturation."""
 
     l2_bytes_per_clock_per_sm: Mapping[str, float] = field(
-        default_factory=lambda: MappingProxyType({"8": 32.0, "8.6": 20.0, "8.9": 16.0, "9": 26.0, "12": 18.0})
+        default_factory=lambda: MappingProxyType({"8": 32.0, "8.6": 20.0, "8.9": 16.0, "9": 36.0, "12": 18.0})
     )
-    """Sustained by all SMs at once. RTX 4090 about 5 TB/s and H100 PCIe 5.5 to 7 TB/s (Chips and Cheese, 2022-11 and
-    2023-07) over SMs x clock; the others are guesses between those and the 64 bytes a clock of one SM alone."""
+    """Sustained by all SMs at once. RTX 4090 about 5 TB/s and H100 PCIe up to 7 TB/s (Chips and Cheese, 2022-11 and
+    2023-07) over SMs x clock; the others are guesses between those and the 64 bytes a clock of one SM alone. 9 is not
+    less than what a launch moved on an H200: w16a16, tile 256x128, 5.2 GB of stages in 611 us (2026-11-24)."""
 
     l2_usable_fraction: float = 0.5
     """Share of L2 that a re-read operand can count on; H100's L2 is two halves, and outputs stream through. A guess."""
@@ -54,6 +61,12 @@ class AnalyticConstants:
     )
     """Of the data sheet's tensor rate, what warp-level mma.sync reaches: 62% on Hopper, whose peak needs wgmma (arXiv
     2402.13499); near all elsewhere."""
+
+    wgmma_fraction: Mapping[Math, float] = field(
+        default_factory=lambda: MappingProxyType({Math.BF16: 0.80, Math.INT8: 0.76, Math.E4M3: 0.76})
+    )
+    """Of the data sheet's tensor rate, what the card holds under its power limit: cuBLAS' 8192^3 GEMMs on an H200, 795
+    and 1505 TFLOP/s (profiles/gpus.py). INT8 as E4M3: cuBLAS' own int8 kernel stays below what the card can."""
 
     issue_fraction: float = 0.7
     """Of a scheduler's one instruction a clock, what a mix with dependences and barriers reaches. A guess; 0.6 to 0.8
@@ -70,6 +83,16 @@ class AnalyticConstants:
     """Finding the next tile in the table and starting the epilogue: two shared-memory searches and an address
     computation. A guess."""
 
+    wgmma_wait_cycles: float = 90.0
+    """wgmma family, a k-tile: seeing the stage's barrier and the first packed words in registers. A guess."""
+
+    wgmma_drain_cycles: float = 120.0
+    """wgmma family: waiting for the last wgmma's sums, from issue to registers: 128 clocks for 256 tokens, less for
+    fewer (arXiv 2402.13499)."""
+
+    producer_k_tile_cycles: float = 100.0
+    """wgmma family: one thread sees an empty stage, expects its bytes and starts up to four copies. A guess."""
+
     prologue_cycles: float = 2500.0
     """Tile table: two dependent global reads, a scan over the experts, barriers; then the first stage from DRAM. A
     guess from the parts."""
@@ -78,9 +101,13 @@ class AnalyticConstants:
     """The scan's share of an expert. A guess."""
 
     overlap_squarings: int = 2
-    """Resources of an SM work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity
-    perfectly. p is 2 to this power, so that the norm needs squares and roots only: 4, a guess.
+    """Resources work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity perfectly.
+    p is 2 to this power, so that the norm needs squares and roots only: 4, a guess.
     """
+
+    wgmma_overlap_squarings: int = 3
+    """The same within an SM of the wgmma family, where copies, tensor cores and stores are asynchronous: p = 8, a
+    guess."""
 
     def of(self, table: Mapping[str, float], compute_capability: tuple[int, int]) -> float:
         """The entry for a GPU: "major.minor" if there is one, else "major", else the newest major below."""

@@ -85,10 +85,13 @@ class LaunchTable:
     mma_k: Array
     k_steps: Array
     k_tile_mmas: Array
+    k_tile_tensor_mmas: Array
     k_tile_instructions: Array
     k_tile_smem_bytes: Array
     k_tile_bytes: Array
+    exposed_k_steps: Array
     mmas_per_k_step_of_a_warp: Array
+    serial_instructions_of_a_warp: Array
     epilogue_instructions: Array
     output_bytes: Array
     expert_weight_bytes: Array
@@ -152,10 +155,13 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
         "mma_k": MMA_K[scheme.math],
         "k_steps": work.k_steps,
         "k_tile_mmas": work.k_tile_mmas,
+        "k_tile_tensor_mmas": work.k_tile_tensor_mmas,
         "k_tile_instructions": work.k_tile_instructions,
         "k_tile_smem_bytes": work.k_tile_smem_bytes,
         "k_tile_bytes": work.k_tile_bytes,
+        "exposed_k_steps": work.exposed_k_steps,
         "mmas_per_k_step_of_a_warp": work.mmas_per_k_step_of_a_warp,
+        "serial_instructions_of_a_warp": work.serial_instructions_of_a_warp,
         "epilogue_instructions": work.epilogue_instructions,
         "output_bytes": work.output_bytes,
         "expert_weight_bytes": expert_weight_bytes(scheme, shape.n, shape.k),

@@ -1,9 +1,9 @@
 """What a tile costs, counted, not timed: bytes, instructions and tensor work of one k-tile of one scheme, and how a
 token load splits into tiles.
 
-Counts follow the `mma` family's structure: weights are the MMA's M operand, every warp column decodes the weights
-again for its own tokens, every warp row reads the tokens again, and the copies of a k-tile are spread over the CTA's
-threads.
+Counts follow the families' structure: weights are the MMA's M operand. mma: every warp column decodes the weights again
+for its own tokens, every warp row reads the tokens again, and the copies of a k-tile are spread over the CTA's threads.
+wgmma: a producer warp copies, every warp decodes its own rows, every wgmma reads the tokens from shared memory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from costmodel.constants import MMA_K
+from costmodel.constants import MMA_K, WGMMA_MIN_TOKENS, WGMMA_ROWS
 from profiles.errors import UnsupportedError
 from profiles.gpus import Math
-from profiles.kernels import THREADS_PER_WARP, KernelConfig
+from profiles.kernels import THREADS_PER_WARP, Family, KernelConfig
 from profiles.schemes import QuantScheme
 
 K_TILE = MappingProxyType({Math.BF16: 64, Math.INT8: 128, Math.E4M3: 128, Math.INT4: 128})
@@ -29,12 +29,13 @@ WARP_COPY_BYTES = 16 * THREADS_PER_WARP
 """One cp.async or 128-bit shared-memory load of a warp."""
 
 # The counts below were held against the sm_89 machine code of 12 kernels (2026-11-24): a k loop's body, less the search
-# for the next tile that runs once a tile (91 to 107 instructions), is within 12% of `k_tile_instructions`.
+# for the next tile that runs once a tile (91 to 107 instructions), is within 12% of `k_tile_instructions`. So are the k
+# loops of 9 wgmma kernels (sm_90a, the same day): within 8%.
 #
 # Instructions from packed code to one 32-bit register of the A fragment, without the group scale. BF16 math, two
 # weights a register: shift (half of them are free), mask-and-or, subtract the magic number and zero point; 8 bits go
 # through two float32 and back; 3 bits merge two planes. INT8 math with 4-bit weights: shift and mask for one register
-# in two, mask for the other.
+# in two, mask for the other. E4M3 math: sign and magnitude moved apart.
 _DECODE_INSTRUCTIONS = MappingProxyType(
     {
         (Math.BF16, 16): 0.0,
@@ -45,16 +46,20 @@ _DECODE_INSTRUCTIONS = MappingProxyType(
         (Math.INT8, 8): 0.0,
         (Math.INT8, 4): 1.5,
         (Math.E4M3, 8): 0.0,
-        (Math.E4M3, 4): 4.0,
+        (Math.E4M3, 4): 3.0,
         (Math.INT4, 4): 0.0,
     }
 )
 _SCALE_INSTRUCTIONS = 1.0  # one fma.bf16x2 a register with group scales and BF16 math
-_GROUP_SUM_INSTRUCTIONS = 2.0  # integer or fp8 math: a group's sum to float32 and one fma, an accumulator
+# A group's sum to float32 where it is an integer, and one fma, an accumulator.
+_GROUP_SUM_INSTRUCTIONS = MappingProxyType({Math.INT8: 2.0, Math.E4M3: 1.0, Math.INT4: 2.0})
 _TOKEN_GROUP_INSTRUCTIONS = 1.25  # and with token groups: the product of both scales, a share of loading them
 _COPY_INSTRUCTIONS = 4.0  # cp.async and its address and bound
 _LOOP_INSTRUCTIONS = 40.0  # a warp's barrier, wait, stage and k counters, scale loads
 _EPILOGUE_INSTRUCTIONS = 3.0  # an accumulator's share of scale, convert, transpose, address, store
+_WGMMA_STEP_INSTRUCTIONS = 6.0  # a warp's fence, commit and wait, for each group of wgmmas
+_WGMMA_LOOP_INSTRUCTIONS = 32.0  # a warp's barriers, stage, phase and k counters, descriptors
+WGMMA_WARPS = 4
 _LDMATRIX_BYTES = 512  # x4: four 8x8 matrices of 16 bits
 
 
@@ -62,6 +67,10 @@ _LDMATRIX_BYTES = 512  # x4: four 8x8 matrices of 16 bits
 class TileWork:
     """One tile of one scheme under one configuration. `k_tile_` fields are per iteration of the main loop, of the
     whole CTA.
+
+    MMAs are counted in m16n8s: those multiplied, and (`tensor`) as many as take the time, where narrow tiles waste
+    some. `exposed_k_steps` are the k-steps of an iteration whose results a warp waits for, and
+    `serial_instructions_of_a_warp` what it does while its own MMAs stand still.
     """
 
     math: Math
@@ -70,9 +79,12 @@ class TileWork:
     k_tile_token_bytes: float
     k_tile_smem_bytes: float
     k_tile_mmas: float
+    k_tile_tensor_mmas: float
     k_tile_instructions: float
     k_steps: int
+    exposed_k_steps: int
     mmas_per_k_step_of_a_warp: float
+    serial_instructions_of_a_warp: float
     epilogue_instructions: float
     output_bytes: float
 
@@ -85,35 +97,89 @@ class TileWork:
 @functools.lru_cache(maxsize=65536)
 def tile_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     """Counts for one tile; they depend on nothing else. UnsupportedError for a scheme that no kernel decodes."""
-    rows, tokens, k_tile = config.tile.m, config.tile.n, K_TILE[scheme.math]
-    mma_k = MMA_K[scheme.math]
-    k_steps = k_tile // mma_k
-    grouped = scheme.group_size != -1
-    strips = (1 + (not scheme.is_symmetric)) if grouped else 0
-    weight_bytes = rows * k_tile * scheme.weight_bits / 8 + strips * 2.0 * rows
-    token_bytes = tokens * k_tile * scheme.activation_bits / 8 + (4.0 * tokens if _has_token_groups(scheme) else 0.0)
+    return _wgmma_work(config, scheme) if config.family is Family.WGMMA else _mma_work(config, scheme)
+
+
+def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
+    rows, tokens, warps = config.tile.m, config.tile.n, config.warps
+    k_steps = K_TILE[scheme.math] // MMA_K[scheme.math]
+    weight_bytes, token_bytes = _k_tile_bytes(config, scheme)
     mmas = (rows / 16) * (tokens / 8) * k_steps
-    fragment_bytes = weight_bytes * config.warps.n + token_bytes * config.warps.m
+    fragment_bytes = weight_bytes * warps.n + token_bytes * warps.m
     return TileWork(
         math=scheme.math,
-        k_tile=k_tile,
+        k_tile=K_TILE[scheme.math],
         k_tile_weight_bytes=weight_bytes,
         k_tile_token_bytes=token_bytes,
         k_tile_smem_bytes=weight_bytes + token_bytes + fragment_bytes,
         k_tile_mmas=mmas,
+        k_tile_tensor_mmas=mmas,
         k_tile_instructions=(
             mmas
             + _decode_instructions(config, scheme, k_steps)
             + _group_sum_instructions(config, scheme)
             + fragment_bytes / _LDMATRIX_BYTES
             + (weight_bytes + token_bytes) / WARP_COPY_BYTES * _COPY_INSTRUCTIONS
-            + config.warps.num_warps * _LOOP_INSTRUCTIONS
+            + warps.num_warps * _LOOP_INSTRUCTIONS
         ),
         k_steps=k_steps,
-        mmas_per_k_step_of_a_warp=(rows / 16 / config.warps.m) * (tokens / 8 / config.warps.n),
+        exposed_k_steps=k_steps,
+        mmas_per_k_step_of_a_warp=(rows / 16 / warps.m) * (tokens / 8 / warps.n),
+        serial_instructions_of_a_warp=0.0,
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _EPILOGUE_INSTRUCTIONS,
         output_bytes=2.0 * rows * tokens,
     )
+
+
+def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
+    """The producer copies without the consumers' help; every wgmma reads its tokens from shared memory again. Where
+    group scales make each k-tile's sums wait, a warp decodes, multiplies and scales in turn.
+    """
+    rows, tokens, warps = config.tile.m, config.tile.n, config.warps.num_warps
+    k_steps = K_TILE[scheme.math] // MMA_K[scheme.math]
+    weight_bytes, token_bytes = _k_tile_bytes(config, scheme)
+    per_token_mma = rows / 16 * k_steps / 8
+    wide = max(tokens, WGMMA_MIN_TOKENS)
+    wgmmas = rows / WGMMA_ROWS * k_steps
+    decode, group_sums = _decode_instructions(config, scheme, k_steps), _group_sum_instructions(config, scheme)
+    in_turn = group_sums > 0
+    return TileWork(
+        math=scheme.math,
+        k_tile=K_TILE[scheme.math],
+        k_tile_weight_bytes=weight_bytes,
+        k_tile_token_bytes=token_bytes,
+        k_tile_smem_bytes=2 * weight_bytes + token_bytes * (1 + rows / WGMMA_ROWS),
+        k_tile_mmas=per_token_mma * tokens,
+        k_tile_tensor_mmas=per_token_mma * wide,
+        k_tile_instructions=(
+            wgmmas * WGMMA_WARPS
+            + decode
+            + group_sums
+            + weight_bytes / WARP_COPY_BYTES
+            + warps * ((1 if in_turn else k_steps) * _WGMMA_STEP_INSTRUCTIONS + _WGMMA_LOOP_INSTRUCTIONS)
+        ),
+        k_steps=k_steps,
+        exposed_k_steps=1 if in_turn else 0,
+        mmas_per_k_step_of_a_warp=(rows / 16 / warps) * (wide / 8),
+        serial_instructions_of_a_warp=(decode + group_sums) / warps if in_turn else 0.0,
+        epilogue_instructions=rows * tokens / THREADS_PER_WARP * _wgmma_epilogue_instructions(scheme),
+        output_bytes=2.0 * rows * tokens,
+    )
+
+
+def _wgmma_epilogue_instructions(scheme: QuantScheme) -> float:
+    """A sum's share of packing and stmatrix, of int32 to float32, of token and channel scales."""
+    is_narrow, per_channel = scheme.math is not Math.BF16, scheme.weight_bits < 16 and scheme.group_size == -1
+    return 0.75 + (scheme.math is Math.INT8 and per_channel) + is_narrow + per_channel
+
+
+def _k_tile_bytes(config: KernelConfig, scheme: QuantScheme) -> tuple[float, float]:
+    """What one iteration copies: weights with their strips, and tokens."""
+    rows, tokens, k_tile = config.tile.m, config.tile.n, K_TILE[scheme.math]
+    strips = (1 + (not scheme.is_symmetric)) if scheme.group_size != -1 else 0
+    weight_bytes = rows * k_tile * scheme.weight_bits / 8 + strips * 2.0 * rows
+    token_scale_bytes = 4.0 * tokens if _has_token_groups(scheme) else 0.0
+    return weight_bytes, tokens * k_tile * scheme.activation_bits / 8 + token_scale_bytes
 
 
 def _has_token_groups(scheme: QuantScheme) -> bool:
@@ -138,7 +204,7 @@ def _group_sum_instructions(config: KernelConfig, scheme: QuantScheme) -> float:
     """What group scales cost where the MMA sums codes: every accumulator is scaled once a k-tile."""
     if scheme.group_size == -1 or scheme.math is Math.BF16:
         return 0.0
-    each = _GROUP_SUM_INSTRUCTIONS + (_TOKEN_GROUP_INSTRUCTIONS if _has_token_groups(scheme) else 0.0)
+    each = _GROUP_SUM_INSTRUCTIONS[scheme.math] + (_TOKEN_GROUP_INSTRUCTIONS if _has_token_groups(scheme) else 0.0)
     return config.tile.m * config.tile.n / THREADS_PER_WARP * each
 
 

@@ -1,9 +1,10 @@
 """The configurations worth considering: a frozen space per kernel family, every member with the reasons why it cannot
 be built.
 
-The space is data below. `Effort.FULL` is all of it; `Effort.QUICK` is a few configurations a scheme that cover decode
-to prefill, picked by rule: per token-tile width one tile, the warps that fit it, and as many stages as fit beside the
-CTAs that the rule wants on an SM.
+The space is data below. `Effort.FULL` is all of it, of every family that is generated for the GPU; `Effort.QUICK` is a
+few configurations a scheme that cover decode to prefill, picked by rule: per token-tile width one tile, the warps that
+fit it, and as many stages as fit beside the CTAs that the rule wants on an SM. Where there is wgmma, QUICK keeps only
+the mma family's picks for very few tokens and one for comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from kernel_gen.legality import estimated_facts, reasons
+from kernel_gen.legality import ARCHITECTURES, estimated_facts, reasons
 from profiles.gpus import GpuSpec
 from profiles.kernels import Family, KernelConfig, Raster, TileShape, WarpLayout
 from profiles.schemes import QuantScheme
@@ -41,26 +42,58 @@ MIN_MMAS_PER_FRAGMENT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WgmmaBand:
+    """Widths of the wgmma family's full space that want the same CTAs per SM and stages."""
+
+    tile_n: tuple[int, ...]
+    ctas_per_sm: tuple[int, ...]
+    stages: tuple[int, ...]
+
+
+WGMMA_TILES = tuple((64 * warpgroups * units, 4 * warpgroups) for warpgroups in (1, 2, 3) for units in (1, 2))
+"""(tile.m, warps.m): one to three warpgroups with one or two units of 64 rows each."""
+WGMMA_BANDS = (
+    WgmmaBand(tile_n=(16, 32), ctas_per_sm=(2, 3, 4), stages=(3, 4, 6, 8)),
+    WgmmaBand(tile_n=(48, 64, 96), ctas_per_sm=(1, 2), stages=(3, 4, 6)),
+    WgmmaBand(tile_n=(128, 160, 192, 256), ctas_per_sm=(1,), stages=(2, 3, 4, 5)),
+)
+"""Few tokens wait for memory and want several small CTAs; many wait for the tensor cores and want one large one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuickPick:
     """One rule of the quick space: a tile, its warps, and CTAs per SM in order of preference. Stages: the most that
-    fit, up to `max_stages`.
+    fit, up to `max_stages`. `beside_wgmma`: an mma pick that is worth trying where there is wgmma.
     """
 
     tile_m: int
     tile_n: int
     warps_m: int
-    warps_n: int
+    warps_n: int = 1
     ctas_per_sm: tuple[int, ...]
     max_stages: int
     raster: Raster = Raster.ALONG_TOKENS
+    family: Family = Family.MMA
+    beside_wgmma: bool = False
 
 
-QUICK_PICKS = (
-    QuickPick(tile_m=64, tile_n=8, warps_m=4, warps_n=1, ctas_per_sm=(4, 3, 2, 1), max_stages=6),
-    QuickPick(tile_m=128, tile_n=8, warps_m=8, warps_n=1, ctas_per_sm=(3, 2, 1), max_stages=8),
-    QuickPick(tile_m=128, tile_n=16, warps_m=8, warps_n=1, ctas_per_sm=(3, 2, 1), max_stages=6),
-    QuickPick(tile_m=128, tile_n=32, warps_m=8, warps_n=1, ctas_per_sm=(2, 1), max_stages=5),
-    QuickPick(tile_m=128, tile_n=64, warps_m=4, warps_n=2, ctas_per_sm=(2, 1), max_stages=4),
+def _wgmma(tile_m: int, tile_n: int, warpgroups: int, ctas_per_sm: tuple[int, ...], max_stages: int) -> QuickPick:
+    return QuickPick(
+        family=Family.WGMMA,
+        tile_m=tile_m,
+        tile_n=tile_n,
+        warps_m=4 * warpgroups,
+        ctas_per_sm=ctas_per_sm,
+        max_stages=max_stages,
+    )
+
+
+MMA_PICKS = (
+    QuickPick(tile_m=64, tile_n=8, warps_m=4, ctas_per_sm=(4, 3, 2, 1), max_stages=6, beside_wgmma=True),
+    QuickPick(tile_m=128, tile_n=8, warps_m=8, ctas_per_sm=(3, 2, 1), max_stages=8),
+    QuickPick(tile_m=128, tile_n=16, warps_m=8, ctas_per_sm=(3, 2, 1), max_stages=6),
+    QuickPick(tile_m=128, tile_n=32, warps_m=8, ctas_per_sm=(2, 1), max_stages=5),
+    QuickPick(tile_m=128, tile_n=64, warps_m=4, warps_n=2, ctas_per_sm=(2, 1), max_stages=4, beside_wgmma=True),
     QuickPick(tile_m=128, tile_n=128, warps_m=4, warps_n=2, ctas_per_sm=(1,), max_stages=4),
     QuickPick(
         tile_m=128, tile_n=128, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4, raster=Raster.ALONG_FEATURES
@@ -68,12 +101,34 @@ QUICK_PICKS = (
     QuickPick(tile_m=64, tile_n=128, warps_m=2, warps_n=2, ctas_per_sm=(2, 1), max_stages=4),
     QuickPick(tile_m=128, tile_n=256, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4),
 )
+WGMMA_PICKS = (
+    _wgmma(64, 16, 1, (4, 3, 2), 8),
+    _wgmma(128, 16, 1, (3, 2), 8),
+    _wgmma(128, 32, 1, (3, 2), 6),
+    _wgmma(128, 48, 2, (2, 1), 6),
+    _wgmma(128, 64, 2, (2, 1), 6),
+    _wgmma(256, 64, 2, (1,), 6),
+    _wgmma(128, 128, 2, (1,), 5),
+    _wgmma(128, 192, 2, (1,), 4),
+    _wgmma(256, 128, 2, (1,), 4),
+    _wgmma(256, 160, 2, (1,), 4),
+)
 """Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing."""
 
 
-def space(effort: Effort) -> Iterator[KernelConfig]:
-    """Every member of the `mma` family's space, legal or not, once, in a fixed order."""
-    return _full() if effort is Effort.FULL else (config for pick in QUICK_PICKS for config in _members(pick))
+def quick_picks(gpu: GpuSpec) -> tuple[QuickPick, ...]:
+    """The rules of the quick space for a GPU, decode first within a family."""
+    if gpu.arch not in ARCHITECTURES[Family.WGMMA]:
+        return MMA_PICKS
+    return (*(pick for pick in MMA_PICKS if pick.beside_wgmma), *WGMMA_PICKS)
+
+
+def space(effort: Effort, gpu: GpuSpec) -> Iterator[KernelConfig]:
+    """Every member of the space, legal or not, in a fixed order; on a GPU without wgmma the mma family's alone."""
+    if effort is Effort.QUICK:
+        return (config for pick in quick_picks(gpu) for config in _members(pick))
+    families = [_full_mma()] + ([_full_wgmma()] if gpu.arch in ARCHITECTURES[Family.WGMMA] else [])
+    return itertools.chain(*families)
 
 
 def enumerate_configs(
@@ -91,13 +146,13 @@ def enumerate_configs(
     higher number); with QUICK, what comes after a rule's first legal member.
     """
     if effort is Effort.FULL:
-        for config in _full():
+        for config in space(effort, gpu):
             found = reasons(config, schemes, gpu, max_experts=max_experts, allow_emulated=allow_emulated)
             if found or not _is_duplicate(config, schemes, gpu, max_experts):
                 yield config, found
         return
     seen: set[str] = set()
-    for pick in QUICK_PICKS:
+    for pick in quick_picks(gpu):
         for config in _members(pick):
             if config.name in seen:
                 continue
@@ -168,13 +223,19 @@ def _is_duplicate(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: Gpu
     return estimated_facts(config, schemes, gpu, max_experts=max_experts).ctas_per_sm > config.min_ctas_per_sm
 
 
-def _full() -> Iterator[KernelConfig]:
+def _full_mma() -> Iterator[KernelConfig]:
     shapes = itertools.product(TILE_M, TILE_N, WARP_LAYOUTS)
     for tile_m, tile_n, warps in shapes:
         if not _is_sensible(tile_m, tile_n, warps):
             continue
         for stages, raster, ctas in itertools.product(STAGES, Raster, CTAS_PER_SM):
-            yield _config(tile_m, tile_n, warps, stages, raster, ctas)
+            yield _config(Family.MMA, tile_m, tile_n, warps, stages, raster, ctas)
+
+
+def _full_wgmma() -> Iterator[KernelConfig]:
+    for (tile_m, warps_m), band in itertools.product(WGMMA_TILES, WGMMA_BANDS):
+        for tile_n, stages, raster, ctas in itertools.product(band.tile_n, band.stages, Raster, band.ctas_per_sm):
+            yield _config(Family.WGMMA, tile_m, tile_n, WarpLayout(m=warps_m), stages, raster, ctas)
 
 
 def _is_sensible(tile_m: int, tile_n: int, warps: WarpLayout) -> bool:
@@ -194,12 +255,14 @@ def _members(pick: QuickPick) -> Iterator[KernelConfig]:
     warps = WarpLayout(m=pick.warps_m, n=pick.warps_n)
     for ctas in pick.ctas_per_sm:
         for stages in range(pick.max_stages, (3 if ctas > 1 else 2) - 1, -1):
-            yield _config(pick.tile_m, pick.tile_n, warps, stages, pick.raster, ctas)
+            yield _config(pick.family, pick.tile_m, pick.tile_n, warps, stages, pick.raster, ctas)
 
 
-def _config(tile_m: int, tile_n: int, warps: WarpLayout, stages: int, raster: Raster, ctas: int) -> KernelConfig:
+def _config(
+    family: Family, tile_m: int, tile_n: int, warps: WarpLayout, stages: int, raster: Raster, ctas: int
+) -> KernelConfig:
     return KernelConfig(
-        family=Family.MMA,
+        family=family,
         tile=TileShape(m=tile_m, n=tile_n),
         warps=warps,
         num_stages=stages,

@@ -7,13 +7,14 @@ import pytest
 
 from costmodel.facts import BuildFacts
 from costmodel.occupancy import smem_per_cta
-from kernel_gen import smem
+from kernel_gen import registers, smem, smem_wgmma
 from kernel_gen.layouts import UNIT_ROWS, layout_of
 from kernel_gen.legality import estimated_facts, reasons, require_legal, smem_bytes
+from kernel_gen.space import Effort, candidates
 from profiles import kernels, schemes
 from profiles.errors import UnsupportedError
-from profiles.gpus import gpu
-from profiles.kernels import KernelConfig
+from profiles.gpus import Math, gpu
+from profiles.kernels import Family, KernelConfig
 from profiles.schemes import KERNEL_SCHEMES
 
 W4A16 = schemes.parse("w4a16_g128_sym")
@@ -85,11 +86,121 @@ def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantSc
         ("mma_64x8_w4x1x1_s2_k1_at_o13", "w2a16_g-1_sym", "h200", "registers: about"),
         ("mma_128x256_w2x2x1_s2_k1_at_o1", "w4a16_g128_sym", "h200", "registers: about"),
         ("mma_128x16_w8x1x1_s4_k1_at_o1", "w4a8_g128_sym_e4m3", "rtx4090", "no 4-bit to e4m3 decoder"),
-        ("wgmma_128x16_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym", "h200", "not generated yet"),
+        (
+            "wgmma_128x16_w8x1x1_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "rtx4090",
+            "the wgmma family is generated for sm_90a, rtx4090 is sm_89",
+        ),
+        ("wgmma_128x16_w8x1x1_s4_k1_at_o1", "w4a4_g-1_sym", "h200", "wgmma has no int4"),
+        ("wgmma_128x16_w8x2x1_s4_k1_at_o1", "w4a16_g128_sym", "h200", "2 warps along tokens"),
+        ("wgmma_128x16_w6x1x1_s4_k1_at_o1", "w4a16_g128_sym", "h200", "6 warps along rows"),
+        ("wgmma_256x16_w16x1x1_s4_k1_at_o1", "w4a16_g128_sym", "h200", "so 4, 8 or 12 warps"),
+        (
+            "wgmma_64x16_w8x1x1_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "h200",
+            "tile.m 64 does not split over 2 warpgroups: multiples of 128 do",
+        ),
+        (
+            "wgmma_128x24_w8x1x1_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "h200",
+            "tile.n 24: the wgmma family takes multiples of 16 from 16 to 256",
+        ),
+        ("wgmma_64x272_w4x1x1_s2_k1_at_o1", "w4a16_g128_sym", "h200", "tile.n 272: the wgmma family"),
+        (
+            "wgmma_128x16_w4x1x2_s4_k1_at_o1",
+            "w4a16_g128_sym",
+            "h200",
+            "slice-K 2: the wgmma family generates warps.k = 1 only",
+        ),
+        (
+            "wgmma_128x16_w4x1x1_s4_k2_at_o1",
+            "w4a16_g128_sym",
+            "h200",
+            "split-K 2: the wgmma family generates split_k = 1 only",
+        ),
+        ("wgmma_128x16_w8x1x1_s1_k1_at_o1", "w4a16_g128_sym", "h200", "1 stages: the pipeline needs at least 2"),
+        (
+            "wgmma_256x128_w8x1x1_s4_k1_at_o1",
+            "w16a16",
+            "h200",
+            "smem 262.1 KiB > 227 KiB per block on h200",
+        ),
+        (
+            "wgmma_128x16_w4x1x1_s4_k1_at_o3",
+            "w16a16",
+            "h200",
+            "smem 3 x 81.38 KiB (1 KiB reserved in each) > 228 KiB per SM on h200",
+        ),
+        (
+            "wgmma_256x128_w8x1x1_s2_k1_at_o1",
+            "w4a8_g128_sym_e4m3",
+            "h200",
+            "registers: about 332 a consumer thread (308 for tiles, 24 margin) > 232 with 1 CTAs of 384 threads",
+        ),
+        (
+            "wgmma_64x80_w4x1x1_s2_k1_at_o4",
+            "w16a16",
+            "h200",
+            "tile.n 80: a wgmma's 40 sums and 32 registers beside them > 64 a thread, which 4 CTAs",
+        ),
     ],
 )
 def test_rule_says_its_numbers(config: str, scheme: str, on: str, says: str) -> None:
     assert says in refusals(config, scheme, on)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in KERNEL_SCHEMES if scheme.math is not Math.INT4], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        "wgmma_64x16_w4x1x1_s4_k1_at_o4",
+        "wgmma_128x16_w4x1x1_s3_k1_at_o3",
+        "wgmma_128x32_w8x1x1_s4_k1_af_o2",
+        "wgmma_256x64_w8x1x1_s3_k1_af_o1",
+        "wgmma_128x128_w8x1x1_s4_k1_at_o1",
+        "wgmma_192x64_w12x1x1_s4_k1_at_o1",
+    ],
+)
+def test_wgmma_takes_every_scheme_but_int4_math(config: str, scheme: schemes.QuantScheme) -> None:
+    assert reasons(kernels.parse(config), [scheme], gpu("h200")) == ()
+
+
+def test_a_wgmma_kernel_that_was_measured_is_legal_and_its_neighbour_that_spilled_is_not() -> None:
+    for config, scheme in (
+        ("wgmma_256x128_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym"),
+        ("wgmma_256x160_w8x1x1_s4_k1_at_o1", "w4a16_g128_asym"),
+        ("wgmma_128x192_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym"),
+        ("wgmma_256x128_w8x1x1_s3_k1_at_o1", "w8a8_g-1_sym_e4m3"),
+        ("wgmma_128x128_w8x1x1_s4_k1_at_o1", "w4a8_g128_sym_e4m3"),
+    ):
+        assert refusals(config, scheme, "h200") == ""
+    assert "registers: about" in refusals("wgmma_256x128_w8x1x1_s2_k1_at_o1", "w4a8_g128_sym_e4m3", "h200")
+    assert "registers: about" in refusals("wgmma_256x128_w8x1x1_s2_k1_at_o1", "w4a8_g128_sym", "h200")
+
+
+def test_setmaxnreg_must_find_what_it_deals_out() -> None:
+    """A launch with fewer registers than producer and consumers are promised would wait for ever."""
+    config = kernels.parse("wgmma_256x128_w8x1x1_s4_k1_at_o1")
+    facts = estimated_facts(config, [W4A16], gpu("h200"))
+    assert (facts.registers_per_thread, facts.num_threads, facts.ctas_per_sm) == (168, 384, 1)
+    assert reasons(config, [W4A16], gpu("h200"), facts=facts) == ()
+    fewer = dataclasses.replace(facts, registers_per_thread=160)
+    (found,) = reasons(config, [W4A16], gpu("h200"), facts=fewer)
+    assert "setmaxnreg deals out 64512 registers a CTA (232 a consumer thread, 40 a producer thread)" in found
+    assert "the launch takes 61440 (160 a thread)" in found
+
+
+def test_a_wgmma_launch_takes_no_more_registers_than_an_sm_has() -> None:
+    legal = [config for config in candidates([W4A16], gpu("h200"), Effort.FULL) if config.family is Family.WGMMA]
+    assert len(legal) > 100
+    for config in legal:
+        assert 24 <= smem_wgmma.producer_registers(config) <= smem_wgmma.launch_registers(config)
+        assert smem_wgmma.consumer_registers(config) <= 240
+        assert registers.setmaxnreg_registers(config) * config.min_ctas_per_sm <= gpu("h200").regs_per_sm
+        assert estimated_facts(config, [W4A16], gpu("h200")).ctas_per_sm >= config.min_ctas_per_sm
 
 
 def test_group_64_with_int8_math_names_the_k_tile() -> None:

@@ -1,0 +1,199 @@
+"""The analytic model's terms: what a tile costs each resource of an SM, and a launch's bytes, flops and bounds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from costmodel.constants import SMEM_BYTES_PER_CLOCK, SUB_PARTITIONS_PER_SM, AnalyticConstants
+from costmodel.launches import FLOPS_PER_MMA_K1, LaunchTable
+from profiles.errors import UnsupportedError
+from profiles.gpus import GpuSpec, Math
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileTime:
+    """Microseconds of one tile, [R, S]: all together, and each resource alone."""
+
+    total: Array
+    tensor: Array
+    issue: Array
+    smem: Array
+    l2: Array
+    chain: Array
+    fetch: Array
+    epilogue: Array
+
+
+class Terms:
+    """The model's terms for one GPU over a table of launches; every array is [R, S] (launches, slots) or [R]."""
+
+    def __init__(self, gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> None:
+        self.gpu, self.table, self.constants = gpu, table, constants
+        self.clocks_per_us = gpu.boost_clock_mhz
+        self.flops_per_clock_per_sm = self._tensor_rates(sheet=False)
+        active_sms = np.clip(table.num_tiles.sum(axis=1), 1.0, gpu.num_sms)
+        l2 = constants.of(constants.l2_bytes_per_clock_per_sm, gpu.compute_capability)
+        # Few busy SMs may each draw more than their share, up to the 64 bytes a clock of an SM's port.
+        self.l2_bytes_per_clock = np.minimum(64.0, l2 * gpu.num_sms / active_sms)[:, None]
+        self.latency_clocks = constants.of(constants.dram_latency_cycles, gpu.compute_capability)
+
+    def _tensor_rates(self, *, sheet: bool) -> Array:
+        """Multiply-add operations (2 each) a clock and SM of each slot's math, [R, S]; `sheet`: the data sheet's, not
+        what the family reaches.
+        """
+        gpu, table = self.gpu, self.table
+        rates = np.full(len(Math), np.nan)
+        for index, math in enumerate(Math):
+            if math in gpu.tensor_tops:
+                rates[index] = gpu.tensor_tops[math] * 1e6 / (gpu.num_sms * gpu.boost_clock_mhz)
+        missing = [
+            math.value
+            for index, math in enumerate(Math)
+            if np.isnan(rates[index]) and bool(np.any(table.math_index[table.used] == index))
+        ]
+        if missing:
+            raise UnsupportedError(
+                f"a latency on {gpu.name}",
+                [
+                    f"no {math} tensor cores on sm_{gpu.compute_capability[0]}{gpu.compute_capability[1]} ({gpu.name})"
+                    for math in missing
+                ],
+            )
+        by_slot = np.nan_to_num(rates, nan=1.0)[table.math_index]
+        if sheet:
+            return np.asarray(by_slot, dtype=np.float64)
+        c = self.constants
+        of_wgmma = np.asarray([c.wgmma_fraction.get(math, 1.0) for math in Math])[table.math_index]
+        of_mma = c.of(c.mma_sync_fraction, gpu.compute_capability)
+        return np.asarray(by_slot * np.where(table.is_mma_family[:, None], of_mma, of_wgmma), dtype=np.float64)
+
+    def tile_us(self, ctas: Array) -> TileTime:
+        """One tile's time when `ctas` CTAs ([R, 1]) share the SM."""
+        t, c = self.table, self.constants
+        is_mma = t.is_mma_family[:, None]
+        schedulers = np.minimum(ctas * t.num_warps[:, None], float(SUB_PARTITIONS_PER_SM))
+        issue_rate = schedulers * c.issue_fraction
+        iterations = t.num_k_tiles
+        mma_clocks = t.mma_k * FLOPS_PER_MMA_K1 / self.flops_per_clock_per_sm * SUB_PARTITIONS_PER_SM
+        epilogue_issue = ctas * t.epilogue_instructions / issue_rate
+        # cp.async's family stores its outputs itself, wgmma's leaves that to bulk copies beside the next tile.
+        output = ctas * t.output_bytes / self.l2_bytes_per_clock
+        clocks = {
+            "tensor": ctas * t.k_tile_tensor_mmas * mma_clocks / schedulers * iterations,
+            "issue": ctas * t.k_tile_instructions / issue_rate * iterations,
+            "smem": ctas * t.k_tile_smem_bytes / SMEM_BYTES_PER_CLOCK * iterations,
+            "l2": ctas * t.k_tile_bytes / self.l2_bytes_per_clock * iterations + np.where(is_mma, 0.0, output),
+            "chain": self._chain_clocks(mma_clocks) * iterations,
+            "fetch": self._fetch_clocks() * iterations,
+        }
+        epilogue = (
+            epilogue_issue
+            + np.where(is_mma, output, 0.0)
+            + np.where(is_mma, 0.0, c.wgmma_drain_cycles)
+            + c.tile_overhead_cycles
+        )
+        total = norm(list(clocks.values()), np.where(is_mma, c.overlap_squarings, c.wgmma_overlap_squarings)) + epilogue
+        per_us = {name: np.broadcast_to(value, total.shape) / self.clocks_per_us for name, value in clocks.items()}
+        return TileTime(total=total / self.clocks_per_us, epilogue=epilogue / self.clocks_per_us, **per_us)
+
+    def _chain_clocks(self, mma_clocks: Array) -> Array:
+        """An iteration of one warp alone, which no other CTA shortens, [R, S]: waiting for the stage, its MMAs, and
+        what it does in turn with them.
+        """
+        t, c = self.table, self.constants
+        is_mma = t.is_mma_family[:, None]
+        multiply = t.k_steps * t.mmas_per_k_step_of_a_warp * mma_clocks
+        exposed = t.exposed_k_steps * np.where(is_mma, c.mma_latency_cycles, c.wgmma_drain_cycles)
+        together = np.where(is_mma, np.maximum(multiply, exposed), multiply + exposed)
+        wait = np.where(is_mma, c.k_tile_sync_cycles, c.wgmma_wait_cycles)
+        return np.asarray(wait + together + t.serial_instructions_of_a_warp / c.issue_fraction, dtype=np.float64)
+
+    def _fetch_clocks(self) -> Array:
+        """An iteration's share of a stage's way from DRAM, and for wgmma at least the producer's own work, [R, 1]."""
+        t, c = self.table, self.constants
+        latency = self.latency_clocks * c.loaded_latency_factor / np.maximum(t.num_stages - 1.0, 1.0)[:, None]
+        producer = np.where(t.is_mma_family[:, None], 0.0, c.producer_k_tile_cycles)
+        return np.asarray(np.maximum(latency, producer), dtype=np.float64)
+
+    def dram_bytes(self) -> Array:
+        """Bytes from and to DRAM, [R]: every active expert's weights and every token once, outputs, and the re-reads
+        that L2 does not hold.
+
+        Walking along tokens, neighbours share the weights and each block of features reads the expert's tokens again;
+        along features, each block of tokens reads the expert's weights again. A re-read misses by the share of the
+        operand that does not fit the usable part of L2.
+        """
+        t = self.table
+        usable = self.gpu.l2_bytes * self.constants.l2_usable_fraction
+
+        def missing(operand_bytes: Array) -> Array:
+            return np.asarray(np.clip(1.0 - usable / np.maximum(operand_bytes, 1.0), 0.0, 1.0), dtype=np.float64)
+
+        token_bytes = t.num_tokens * t.token_bytes
+        token_rereads = token_bytes * (t.num_feature_tiles[:, None] - 1.0) * missing(t.max_tokens * t.token_bytes)
+        weight_rereads = (t.num_token_tiles - t.num_active) * t.expert_weight_bytes * missing(t.expert_weight_bytes)
+        rereads = np.where(t.is_along_tokens[:, None], token_rereads, weight_rereads)
+        return np.asarray((self._minimum_bytes() + rereads).sum(axis=1), dtype=np.float64)
+
+    def _minimum_bytes(self) -> Array:
+        t = self.table
+        outputs = 2.0 * t.num_tokens * t.n[:, None]
+        return np.asarray(
+            t.num_active * t.expert_weight_bytes + t.num_tokens * t.token_bytes + outputs, dtype=np.float64
+        )
+
+    def dram_us(self) -> Array:
+        """Time of the bytes at the bandwidth that streaming reaches, [R]."""
+        return self.dram_bytes() / (self.gpu.dram_gbps * 1e3 * self.constants.dram_efficiency)
+
+    def flops(self) -> Array:
+        """Useful operations, 2 a multiply-add, [R]."""
+        t = self.table
+        return np.asarray((2.0 * t.num_tokens * t.n[:, None] * t.k[:, None]).sum(axis=1), dtype=np.float64)
+
+    def multiplied_flops(self) -> Array:
+        """Operations that the tensor cores are given, padding included, [R]."""
+        t = self.table
+        return np.asarray(
+            (t.num_tiles * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(axis=1), dtype=np.float64
+        )
+
+    def roofline_us(self) -> Array:
+        """Larger of bytes over the data sheet's bandwidth and flops over its rates, [R]."""
+        t, gpu = self.table, self.gpu
+        memory = self._minimum_bytes().sum(axis=1) / (gpu.dram_gbps * 1e3)
+        clocks = 2.0 * t.num_tokens * t.n[:, None] * t.k[:, None] / (self._tensor_rates(sheet=True) * gpu.num_sms)
+        return np.asarray(np.maximum(memory, clocks.sum(axis=1) / self.clocks_per_us), dtype=np.float64)
+
+    def fill_us(self) -> Array:
+        """Tile table and the first stage's way from DRAM, [R]."""
+        c = self.constants
+        return np.asarray(
+            (c.prologue_cycles + c.prologue_cycles_per_expert * self.table.num_experts) / self.clocks_per_us,
+            dtype=np.float64,
+        )
+
+
+def norm(parts: Sequence[Array], squarings: int | npt.NDArray[np.int_]) -> Array:
+    """p-norm of non-negative parts, elementwise, p = 2 ** squarings (one for all, or an array that broadcasts): at
+    least the largest, at most their sum.
+    """
+    largest = functools.reduce(np.maximum, parts)
+    scale = np.where(largest > 0, largest, 1.0)
+    rounds = [np.asarray(squarings) > step for step in range(int(np.max(squarings, initial=0)))]
+    total = np.zeros(scale.shape)
+    for part in parts:
+        power = np.broadcast_to(part, scale.shape) / scale
+        for happens in rounds:
+            np.square(power, out=power, where=happens)
+        total += power
+    for happens in rounds:
+        np.sqrt(total, out=total, where=happens)
+    return np.asarray(scale * total, dtype=np.float64)

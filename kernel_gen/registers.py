@@ -1,0 +1,101 @@
+"""Registers of a kernel: what a thread needs, before a compiler has seen it, and what it may have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from costmodel.occupancy import MAX_REGISTERS_PER_THREAD
+from kernel_gen import smem_wgmma
+from kernel_gen.layouts import UNIT_ROWS, Layout, layout_of, round_up
+from profiles.gpus import GpuSpec, Math
+from profiles.kernels import THREADS_PER_WARP, THREADS_PER_WARPGROUP, Family, KernelConfig
+from profiles.schemes import QuantScheme
+
+MARGIN = {Family.MMA: 40, Family.WGMMA: 24}
+"""Addresses, loop counters, the load cursor, magic constants: not counted in the estimate, and in every kernel.
+
+mma: of 66 builds near their limit (sm_89, 2026-11-24), 1 of the 48 that this lets through spilled, and 11 of the 18
+that it refuses. wgmma: of 288 builds near their limit (sm_90a, 2026-11-24), 7 of 194 and 17 of 94. The build gate has
+the last word.
+"""
+BESIDE_A_WGMMAS_SUMS = 32
+"""ptxas refuses a kernel (C7602) in which one wgmma's sums and this many registers are more than a thread has at
+launch, whatever setmaxnreg gives it later: so in 372 builds, without an exception.
+"""
+FREE_REGISTERS = 64
+"""The same in the mma family where the compiler is not pressed: the median over those builds, most between 54 and 75.
+"""
+
+
+def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) -> int:
+    """Registers that a multiplying thread needs, without `MARGIN`: accumulators, fragments, packed words.
+
+    Math with group scales whose sums are of codes (all but BF16) holds a group's sums and the whole sums at once. The
+    precision is chosen per tile, so slots share their registers.
+    """
+    of_scheme = _wgmma if config.family is Family.WGMMA else _mma
+    return max(of_scheme(config, layout_of(scheme)) for scheme in schemes)
+
+
+def registers_at_launch(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec) -> int:
+    """Registers a thread that the launch takes, as the compiler would report them: the estimate, rounded to what it
+    allocates; for wgmma all that there are, since setmaxnreg then moves them from producer to consumers.
+    """
+    if config.family is Family.WGMMA:
+        return smem_wgmma.launch_registers(config)
+    return min(round_up(estimated_registers(config, schemes) + FREE_REGISTERS, 8), register_limit(config, gpu))
+
+
+def register_limit(config: KernelConfig, gpu: GpuSpec) -> int:
+    """Registers that a multiplying thread may have so that min_ctas_per_sm CTAs fit: multiples of 8, at most 255."""
+    if config.family is Family.WGMMA:
+        return max(smem_wgmma.consumer_registers(config), 0)
+    threads = config.min_ctas_per_sm * round_up(config.warps.num_warps, 4) * THREADS_PER_WARP
+    return min(gpu.regs_per_sm // threads // 8 * 8, MAX_REGISTERS_PER_THREAD)
+
+
+def setmaxnreg_registers(config: KernelConfig) -> int:
+    """Registers of a wgmma CTA after setmaxnreg; a launch that takes fewer waits for ever."""
+    consumers = config.num_threads - THREADS_PER_WARPGROUP
+    return (
+        smem_wgmma.producer_registers(config) * THREADS_PER_WARPGROUP
+        + smem_wgmma.consumer_registers(config) * consumers
+    )
+
+
+def _mma(config: KernelConfig, layout: Layout) -> int:
+    accumulators = config.tile.m * config.tile.n // config.num_threads
+    if layout.has_group_scales and layout.math is not Math.BF16:
+        accumulators *= 2
+    m_blocks = -(-config.tile.m // (16 * config.warps.m))
+    n_blocks = -(-config.tile.n // (8 * config.warps.n))
+    return accumulators + 4 + 2 * n_blocks + m_blocks * (_packed_words(layout) + _strip_words(layout))
+
+
+def _packed_words(layout: Layout) -> int:
+    """Words of one m16 block that the main loop holds at once: narrow bf16 codes for the whole k-tile, anything else
+    for one k-step (two if widened).
+    """
+    if layout.math is Math.BF16 and layout.weight_bits != 16:
+        return layout.words_per_lane
+    return 8 if layout.math in (Math.INT8, Math.E4M3) and layout.weight_bits == 4 else 4
+
+
+def _strip_words(layout: Layout) -> int:
+    """Scales, and zero points as biases of two rows, of one m16 block."""
+    return (1 if layout.has_group_scales else 0) + (2 if layout.has_zero_points else 0)
+
+
+def _wgmma(config: KernelConfig, layout: Layout) -> int:
+    """A unit of 64 rows is one m16 block of each of a warpgroup's four warps; A fragments of a whole k-tile are in
+    registers, 128 bytes of each of the block's rows.
+    """
+    consumers = config.num_threads - THREADS_PER_WARPGROUP
+    accumulators = config.tile.m * config.tile.n // consumers
+    if layout.has_group_scales and layout.math is not Math.BF16:
+        accumulators *= 2
+    units = config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // consumers
+    fragments = UNIT_ROWS * smem_wgmma.TOKEN_ROW_BYTES // 4 // THREADS_PER_WARPGROUP
+    scales = 2 if layout.has_group_scales else 0
+    zeros = 2 if layout.has_zero_points else 0
+    return accumulators + units * (fragments + _packed_words(layout) + scales + zeros)
