@@ -104,8 +104,7 @@ class WgmmaMainloop:
                 warpgroup.commit_group()
                 scales = self.row_scales(at_s, blocks)
                 warpgroup.wait_group(0)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(barriers + num_stages + stage)
+                self.release(barriers + num_stages + stage)
                 self.add_group(total, sums, scales)
                 stage += 1
                 if stage == num_stages:
@@ -136,8 +135,7 @@ class WgmmaMainloop:
                     warpgroup.wait_group(2)
                     if const_expr(ks == 1):
                         if kt > 0:
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive(barriers + num_stages + before)
+                            self.release(barriers + num_stages + before)
                 before = stage
                 stage = after
                 phase = after_phase
@@ -151,16 +149,21 @@ class WgmmaMainloop:
                     warpgroup.wait_group(2)
                 if const_expr(ks == 1):
                     if k_tiles > 1:
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive(barriers + num_stages + before)
+                        self.release(barriers + num_stages + before)
             warpgroup.wait_group(0)
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(barriers + num_stages + stage)
+            self.release(barriers + num_stages + stage)
             stage += 1
             if stage == num_stages:
                 stage = Int32(0)
                 phase ^= 1
         return acc, stage, phase
+
+    @cute.jit
+    def release(self, barrier):
+        """Tell the producer that this warp has read the stage: all lanes have, before one says so."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
     def decode(self, fragments, state, ks: cutlass.Constexpr, at_w, at_s, blocks):
