@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-import costmodel
 import kernel_gen
-from costmodel.analytic import launch_latencies
+from costmodel.analytic import launch_latencies, model_version
 from kernel_gen.kernels.spec import KernelSpec
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort
@@ -170,9 +169,7 @@ def package_version() -> str:
 @functools.cache
 def analytic_digest() -> str:
     """Twelve hex digits over the sources that decide a prediction: rows of another digest are of another model."""
-    digest = hashlib.sha256()
-    folder, estimates = Path(costmodel.__path__[0]), Path(kernel_gen.__path__[0])
-    sources = [folder / f"{name}.py" for name in ("analytic", "constants", "launches", "occupancy", "work")]
-    for path in [*sources, estimates / "legality.py", estimates / "smem.py"]:
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256(model_version().encode())
+    for name in ("legality", "registers", "smem", "smem_wgmma"):
+        digest.update(Path(kernel_gen.__path__[0], f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]

@@ -69,7 +69,7 @@ class Crossover:
 
 
 def kind(scheme: str) -> str:
-    """A scheme's bits and number type, group size and symmetry apart: "w4a16_g128_asym" is a "w4a16". A mix is itself."""
+    """A scheme's bits and type, without group size and symmetry: "w4a16" of "w4a16_g128_asym"; a mix is itself."""
     if "+" in scheme:
         return scheme
     bits, *rest = scheme.split("_")
