@@ -39,16 +39,16 @@ class ExpertGroup:
     Attributes:
         experts: the modules.
         first_id: LinearId.expert of the first; -1 of the shared experts.
+        x: what the block is given, [T, H].
         tokens, weights, starts: rows of expert e are starts[e] to starts[e + 1].
-        num_tokens: tokens of the layer.
     """
 
     experts: Experts
     first_id: int
+    x: Tensor
     tokens: Tensor
     weights: Tensor
     starts: list[int]
-    num_tokens: int
 
     def count(self, expert: int) -> int:
         """Tokens that are routed to an expert."""
@@ -60,8 +60,8 @@ class ExpertGroup:
         """
         count = self.count(expert)
         if count == 0:
-            used = min(STAND_INS, self.num_tokens)
-            tokens = torch.linspace(0, self.num_tokens - 1, used, device=self.tokens.device).long()
+            used = min(STAND_INS, len(self.x))
+            tokens = torch.linspace(0, len(self.x) - 1, used, device=self.tokens.device).long()
             weights = self.weights.mean().expand(used) if len(self.weights) else torch.ones(used, device=tokens.device)
             return Rows(tokens=tokens, weights=weights, multiplicity=STAND_IN_TOKENS / used, is_stand_in=True)
         used = count if most is None else min(most, count)
@@ -106,10 +106,10 @@ class Visit:
             ExpertGroup(
                 experts=experts,
                 first_id=0,
+                x=self.x,
                 tokens=tokens,
                 weights=self.weights[tokens, slots].float(),
                 starts=starts,
-                num_tokens=self.num_tokens,
             )
         ]
         if self.layer.shared is not None:
@@ -119,10 +119,10 @@ class Visit:
                 ExpertGroup(
                     experts=self.layer.shared,
                     first_id=SHARED_EXPERT,
+                    x=self.x,
                     tokens=everything,
                     weights=torch.ones_like(everything, dtype=torch.float32) if gate is None else gate[:, 0].float(),
                     starts=[0, self.num_tokens],
-                    num_tokens=self.num_tokens,
                 )
             )
         return groups

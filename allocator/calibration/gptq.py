@@ -1,0 +1,181 @@
+"""GPTQ (Frantar et al. 2022), for a stack of experts at once, each with its own second moment of inputs.
+
+For one expert: minimise tr((W - Q) H (W - Q)^T), H = sum over tokens of w^2 x x^T, column by column; the error of a
+rounded column is spread over those not yet rounded, by the Cholesky factor of H's inverse. Columns go in falling order
+of H's diagonal; scales and zero points are fixed beforehand (grid.py), so that the order does not touch the groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from allocator.calibration.grid import choose, lowest_code
+from kernel_gen.formats import QuantizedWeights, dequantize
+from kernel_gen.formats.weights import E4M3_MAX
+from profiles.schemes import NumericType
+
+BLOCK_COLUMNS = 128
+MAX_DAMPING = 1e3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GptqResult:
+    """Rounded weights and what became of them.
+
+    Attributes:
+        weights: codes, scales, zero points.
+        row_errors: d H d^T of every row's error d, float64 [E, N].
+        nearest_objective: their sums, had all rows been rounded to nearest, [E].
+        damping: what was added to each expert's diagonal, as a share of its mean, [E]; more than asked where H would
+            not factorise.
+        rows_kept_nearest: rows of each expert where rounding to nearest was better, [E].
+    """
+
+    weights: QuantizedWeights
+    row_errors: Tensor
+    nearest_objective: Tensor
+    damping: Tensor
+    rows_kept_nearest: Tensor
+
+
+def gptq(
+    weights: Tensor,
+    moments: Tensor,
+    start: QuantizedWeights,
+    *,
+    fallback: QuantizedWeights | None = None,
+    damping: float = 0.01,
+    activation_order: bool = True,
+) -> GptqResult:
+    """Round weights [E, N, K] on the grid of `start`.
+
+    Args:
+        weights: floats.
+        moments: H, [E, K, K], symmetric, at least positive semidefinite.
+        start: weights rounded to nearest, whose scales and zero points are the grid.
+        fallback: another rounding that no row may be worse than, with scales of its own.
+        damping: added to H's diagonal, as a share of the diagonal's mean.
+        activation_order: columns in falling order of H's diagonal, else as they are.
+
+    No row is worse than `start` or `fallback` in this objective: where it would be, theirs is kept.
+    """
+    factors, used, order = _factors(moments, damping, activation_order)
+    rounded = replace(start, codes=_codes(weights.float(), start, factors, order))
+    nearest = row_objective(weights, start, moments)
+    reached = row_objective(weights, rounded, moments)
+    kept = nearest < reached
+    best = choose(kept.unsqueeze(-1), start, rounded)
+    reached = torch.minimum(nearest, reached)
+    if fallback is not None:
+        plain = row_objective(weights, fallback, moments)
+        best = choose((plain < reached).unsqueeze(-1), fallback, best)
+        kept, reached, nearest = kept | (plain < reached), torch.minimum(plain, reached), plain
+    return GptqResult(
+        weights=best,
+        row_errors=reached,
+        nearest_objective=nearest.sum(-1),
+        damping=used,
+        rows_kept_nearest=kept.sum(-1),
+    )
+
+
+def row_objective(weights: Tensor, quantized: QuantizedWeights, moments: Tensor) -> Tensor:
+    """d H d^T of every row's error d, float64 [E, N]."""
+    values = dequantize(quantized)
+    rows = []
+    for w, q, h in zip(weights, values, moments, strict=True):  # one expert's float64 at a time
+        error = q.double() - w.double()
+        rows.append(((error @ h.double()) * error).sum(-1))
+    return torch.stack(rows)
+
+
+def _factors(moments: Tensor, damping: float, activation_order: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(upper Cholesky factors of the inverses [E, K, K] float32, damping used [E], order of columns [E, K])."""
+    factors, used, orders = [], [], []
+    for moment in moments:
+        h = moment.double()
+        diagonal = h.diagonal().clone()
+        order = (
+            torch.argsort(diagonal, descending=True, stable=True)
+            if activation_order
+            else torch.arange(len(h), device=h.device)
+        )
+        h = h[order][:, order]
+        mean = diagonal.mean()
+        unit = float(mean) if float(mean) > 0 else 1.0
+        share = damping
+        while True:
+            factor = _inverse_factor(h, share * unit)
+            if factor is not None or share > MAX_DAMPING:
+                break
+            share = max(share * 10, 1e-6)
+        if factor is None:  # inputs so ill-scaled that no damping helps: every column for itself
+            factor = torch.eye(len(h), dtype=h.dtype, device=h.device)
+        factors.append(factor.float())
+        used.append(share)
+        orders.append(order)
+    return torch.stack(factors), torch.tensor(used), torch.stack(orders)
+
+
+def _inverse_factor(h: Tensor, added: float) -> Tensor | None:
+    """U with U^T U = (h + added)^-1; None if h does not factorise."""
+    damped = h.clone()
+    damped.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if int(failed) or not bool(upper.isfinite().all()) else upper
+
+
+def _codes(weights: Tensor, start: QuantizedWeights, factors: Tensor, order: Tensor) -> Tensor:
+    """Codes of all columns, in the weights' own order of columns."""
+    experts, n, k = weights.shape
+    gather = order.unsqueeze(1).expand(experts, n, k)
+    work = weights.gather(2, gather)
+    rounder = _Rounder(start, order)
+    codes = torch.empty_like(work, dtype=start.codes.dtype)
+    for first in range(0, k, BLOCK_COLUMNS):
+        last = min(first + BLOCK_COLUMNS, k)
+        block, errors = work[:, :, first:last], torch.empty(experts, n, last - first, device=work.device)
+        inner = factors[:, first:last, first:last]
+        for j in range(last - first):
+            column = block[:, :, j]
+            code, value = rounder(column, first + j)
+            codes[:, :, first + j] = code
+            error = (column - value) / inner[:, j, j].unsqueeze(-1)
+            block[:, :, j + 1 :].baddbmm_(error.unsqueeze(2), inner[:, j, j + 1 :].unsqueeze(1), alpha=-1)
+            errors[:, :, j] = error
+        work[:, :, last:].baddbmm_(errors, factors[:, first:last, last:], alpha=-1)
+    raw = codes if codes.dtype is torch.uint8 else codes.view(torch.uint8)
+    back = torch.empty_like(raw).scatter_(2, gather, raw)
+    return back if codes.dtype is torch.uint8 else back.view(codes.dtype)
+
+
+class _Rounder:
+    """Columns in an order of their own, each on its group's grid."""
+
+    def __init__(self, start: QuantizedWeights, order: Tensor) -> None:
+        spec = start.scheme.weights
+        assert spec is not None
+        assert start.scales is not None
+        self._is_float = spec.type is NumericType.FLOAT
+        self._groups = order // (spec.group_size or start.codes.shape[-1])
+        self._scales = start.scales.float()
+        middle = float(1 << (spec.num_bits - 1))
+        self._zeros = torch.full_like(self._scales, middle) if start.zeros is None else start.zeros.float()
+        self._lowest, self._highest = lowest_code(start.scheme), (1 << spec.num_bits) - 1
+
+    def __call__(self, column: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """(codes, values) [E, N] of the weights [E, N] of the column at a position of the order."""
+        groups = self._groups[:, position].view(-1, 1, 1).expand(-1, column.shape[1], 1)
+        scale = self._scales.gather(2, groups).squeeze(2)
+        if self._is_float:
+            code = (column / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+            return code, code.float() * scale
+        zero = self._zeros.gather(2, groups).squeeze(2)
+        step = ((column / scale).round() + zero).clamp(self._lowest, self._highest)
+        return step.to(torch.uint8), (step - zero) * scale

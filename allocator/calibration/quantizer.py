@@ -1,0 +1,133 @@
+"""How weights become codes: one entry for rounding to nearest, GPTQ, clipping and rotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from allocator.calibration.experts import LinearStack
+from allocator.calibration.gptq import gptq, row_objective
+from allocator.calibration.grid import nearest
+from allocator.calibration.hadamard import Rotation
+from kernel_gen.formats import QuantizedWeights, dequantize
+from profiles.errors import SpecError
+from profiles.schemes import QuantScheme
+
+
+class Method(Enum):
+    """How a weight's code is chosen."""
+
+    RTN = "rtn"  # the nearest
+    GPTQ = "gptq"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizer:
+    """Settings of the quantisation.
+
+    Attributes:
+        method: rounding.
+        clip: search for narrower ranges than a group's own.
+        rotate: rotate the inputs of linears whose activations are quantised.
+        damping: GPTQ's, as a share of the mean diagonal.
+        activation_order: GPTQ's order of columns.
+        seed: of the rotation's signs.
+    """
+
+    method: Method = Method.GPTQ
+    clip: bool = True
+    rotate: bool = False
+    damping: float = 0.01
+    activation_order: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= 1:
+            raise SpecError(f"GPTQ damping {self.damping} must be from 0 to 1")
+
+    @property
+    def name(self) -> str:
+        """As a metric names it: `gptq+clip+rotate`."""
+        return "+".join([self.method.value, *(["clip"] if self.clip else []), *(["rotate"] if self.rotate else [])])
+
+    def rotation(self, scheme: QuantScheme, k: int) -> Rotation | None:
+        """What turns the inputs of a linear in this scheme."""
+        return Rotation(k=k, seed=self.seed) if self.rotate and scheme.input_activations is not None else None
+
+    def quantize(self, weights: Tensor, scheme: QuantScheme, moments: Tensor, counts: list[int]) -> Quantized:
+        """A stack of experts.
+
+        Args:
+            weights: [E, N, K] floats.
+            scheme: what to.
+            moments: second moments of the inputs, [E, K, K], not rotated.
+            counts: tokens behind each; an expert without any is rounded to nearest, ranges and all from its weights
+                alone.
+        """
+        rotation = self.rotation(scheme, weights.shape[-1])
+        values = weights.float()
+        moments = moments.float()
+        if rotation is not None:
+            values, moments = rotation.apply(values), rotation.apply_both(moments)
+        importance = moments.diagonal(dim1=-2, dim2=-1).clone()
+        seen = torch.tensor([count > 0 for count in counts], device=values.device)
+        importance[~seen] = 1.0
+        importance += 1e-6 * importance.mean(-1, keepdim=True) + 1e-30
+        start = nearest(values, scheme, importance, clip=self.clip)
+        if self.method is Method.RTN or scheme.weights is None:
+            plain = row_objective(values, start, moments)
+            return Quantized(weights=start, rotation=rotation, row_errors=plain, nearest_objective=plain.sum(-1))
+        moments = torch.where(seen.view(-1, 1, 1), moments, torch.eye(values.shape[-1], device=values.device))
+        result = gptq(
+            values,
+            moments,
+            start,
+            fallback=nearest(values, scheme, clip=False) if self.clip else None,
+            damping=self.damping,
+            activation_order=self.activation_order,
+        )
+        raised = tuple(int(e) for e in torch.nonzero(result.damping > self.damping * 1.5).flatten().tolist())
+        return Quantized(
+            weights=result.weights,
+            rotation=rotation,
+            row_errors=result.row_errors,
+            nearest_objective=result.nearest_objective,
+            damping_raised=raised,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Quantized:
+    """A stack in one scheme.
+
+    Attributes:
+        weights: codes, scales, zero points; of rotated weights where there is a rotation.
+        rotation: of the inputs.
+        row_errors: squared error of every output that the weights' error makes, summed over tokens, float64 [E, N].
+        nearest_objective: their sums under method GPTQ, had all been rounded to nearest without clipping, [E].
+        damping_raised: experts whose moments needed more damping than asked to factorise.
+    """
+
+    weights: QuantizedWeights
+    rotation: Rotation | None
+    row_errors: Tensor
+    nearest_objective: Tensor
+    damping_raised: tuple[int, ...] = ()
+
+    @property
+    def objective(self) -> Tensor:
+        """tr((W - Q) H (W - Q)^T) of each expert, [E]."""
+        return self.row_errors.sum(-1)
+
+    def of(self, scheme: QuantScheme) -> Quantized:
+        """The same codes in a scheme that differs in its activations only."""
+        return replace(self, weights=replace(self.weights, scheme=scheme))
+
+    def stack(self, dtype: torch.dtype) -> LinearStack:
+        """As experts run it."""
+        return LinearStack(
+            weights=dequantize(self.weights).to(dtype), scheme=self.weights.scheme, rotation=self.rotation
+        )
