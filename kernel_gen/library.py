@@ -1,0 +1,81 @@
+"""Kernels ready to launch on torch's current GPU: from a bundle, or compiled when first asked for."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from kernel_gen.bundle import Bundle
+from kernel_gen.experts import Experts
+from kernel_gen.kernels import KernelSpec
+from kernel_gen.runtime import Kernel
+from kernel_gen.select import choose, table_size
+from profiles.errors import SpecError, UnsupportedError
+from profiles.gpus import GPUS, GpuSpec
+from profiles.kernels import KernelConfig
+from profiles.schemes import QuantScheme
+
+
+class KernelLibrary:
+    """Loaded kernels of one GPU. A kernel that is not loaded yet is compiled (half a second), so warm up before a
+    capture.
+
+    Args:
+        gpu: what torch's device is.
+        bundle: kernels made by `python -m kernel_gen.build`; without one, the compiler must be installed.
+    """
+
+    def __init__(self, gpu: GpuSpec, bundle: Bundle | None = None) -> None:
+        if bundle is not None and bundle.gpu.arch != gpu.arch:
+            raise SpecError(f"bundle: expected kernels for {gpu.arch}, got {bundle.gpu.arch} ({bundle.path})")
+        self.gpu, self.bundle = gpu, bundle
+        self._loaded: dict[KernelSpec, Kernel] = {}
+
+    def best(self, experts: Experts, num_rows: int) -> Kernel:
+        """The kernel that the latency model ranks first for these experts and so many rows of X."""
+        config = choose(experts.scheme_of_expert, experts.n, experts.k, num_rows, self.gpu)
+        return self.kernel(config, experts.schemes, table_size(experts.num_experts))
+
+    def kernel(self, config: KernelConfig, schemes: tuple[QuantScheme, ...], max_experts: int = 256) -> Kernel:
+        """A certain kernel. UnsupportedError if the bundle lacks it."""
+        ordered = tuple(sorted(schemes, key=lambda scheme: scheme.name))
+        spec = KernelSpec(config=config, schemes=ordered, arch=self.gpu.arch, max_experts=max_experts)
+        if spec not in self._loaded:
+            if torch.cuda.is_current_stream_capturing():
+                raise SpecError(
+                    f"{spec.label} is not loaded, and a graph capture cannot load it: run the launch once before"
+                )
+            self._loaded[spec] = self._bundled(spec) if self.bundle is not None else _compiled(spec)
+        return self._loaded[spec]
+
+    def _bundled(self, spec: KernelSpec) -> Kernel:
+        assert self.bundle is not None
+        for built in self.bundle.kernels:
+            if built.spec == spec:
+                return Kernel(spec, self.bundle.function(built), built.facts.ctas_per_sm)
+        raise UnsupportedError(f"{spec.label}", [f"the bundle {self.bundle.path} lacks it"])
+
+
+def _compiled(spec: KernelSpec) -> Kernel:
+    from kernel_gen.compiler import load_in_process
+
+    return Kernel(spec, load_in_process(spec), ctas_per_sm=spec.config.min_ctas_per_sm)
+
+
+@functools.cache
+def library_of(device_index: int) -> KernelLibrary:
+    """The library of one of torch's CUDA devices, which compiles in process. UnsupportedError for a GPU nobody
+    described.
+    """
+    properties = torch.cuda.get_device_properties(device_index)
+    capability = (properties.major, properties.minor)
+    words = properties.name.lower().replace("-", " ").split()
+    named = [gpu for gpu in GPUS.values() if gpu.compute_capability == capability]
+    for gpu in named:
+        if gpu.name in "".join(words) or gpu.name in words:
+            return KernelLibrary(gpu)
+    known = ", ".join(gpu.name for gpu in named) or "none"
+    raise UnsupportedError(
+        properties.name, [f"not among the described GPUs of compute capability {capability}: {known}"]
+    )

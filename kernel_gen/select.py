@@ -1,0 +1,57 @@
+"""Which configuration to launch: the fastest by the latency model for so many rows, before anything is measured.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from costmodel.analytic import launch_latencies
+from costmodel.launches import Launch
+from kernel_gen.legality import estimated_facts
+from kernel_gen.space import Effort, candidates
+from profiles.errors import UnsupportedError
+from profiles.gpus import GpuSpec
+from profiles.kernels import GemmShape, KernelConfig
+from profiles.loads import TokenLoad
+from profiles.schemes import QuantScheme
+
+
+def choose(schemes: Sequence[QuantScheme], n: int, k: int, num_rows: int, gpu: GpuSpec) -> KernelConfig:
+    """The configuration for a launch of `num_rows` rows spread evenly over experts with these schemes, one each.
+
+    The host does not know the real load (that would wait for the GPU), so rows are rounded up to a power of two: a
+    handful of kernels serve every batch size. UnsupportedError where no configuration runs these schemes together.
+    """
+    return _choose(tuple(schemes), n, k, max(1, 1 << (num_rows - 1).bit_length()), gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(schemes: tuple[QuantScheme, ...], n: int, k: int, rows: int, gpu: GpuSpec) -> KernelConfig:
+    slots = tuple(dict.fromkeys(schemes))
+    max_experts = table_size(len(schemes))
+    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts)
+    if not configs:
+        raise UnsupportedError(
+            f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}", ["no configuration is legal"]
+        )
+    each, more = divmod(rows, len(schemes))
+    load = TokenLoad(tokens_per_expert=tuple(each + (e < more) for e in range(len(schemes))), source="even")
+    launches = [
+        Launch(
+            shape=GemmShape(m=rows, n=n, k=k),
+            load=load,
+            schemes=schemes,
+            config=config,
+            facts=estimated_facts(config, slots, gpu, max_experts=max_experts),
+        )
+        for config in configs
+    ]
+    return configs[int(launch_latencies(gpu, launches)["latency_us"].to_numpy().argmin())]
+
+
+def table_size(num_experts: int) -> int:
+    """The scheduler table that a kernel needs for so many experts: a power of two, 256 for most models."""
+    return max(256, 1 << (num_experts - 1).bit_length())

@@ -1,0 +1,124 @@
+"""The whole layer against a float32 MoE in torch, in a graph, under torch.compile, and with mistakes."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("cutlass")
+
+from kernel_gen.experts import Experts  # noqa: E402
+from kernel_gen.formats import dequantize, quantize  # noqa: E402
+from kernel_gen.moe import MoELayer, grouped_gemm  # noqa: E402
+from profiles import schemes  # noqa: E402
+from profiles.errors import SpecError  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 12, 256, 192, 3
+MIXES = (
+    ("w16a16",),
+    ("w4a16_g128_asym",),
+    ("w4a16_g128_sym", "w8a16_g-1_sym", "w2a16_g128_asym"),
+    ("w8a8_g-1_sym_e4m3", "w4a16_g-1_sym"),
+)
+
+
+def layer_of(names: tuple[str, ...], seed: int = 0):
+    """(layer, the weights it really has in float32)."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    per_expert = [schemes.parse(names[e % len(names)]) for e in range(EXPERTS)]
+    shapes = ((EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE))
+    weights = [torch.randn(shape, generator=generator, device="cuda") / shape[2] ** 0.5 for shape in shapes]
+    real = [
+        torch.stack([dequantize(quantize(w[e], scheme))[0] for e, scheme in enumerate(per_expert)]) for w in weights
+    ]
+    return MoELayer(*(Experts.from_weights(w, per_expert) for w in weights)), real
+
+
+def inputs(tokens: int, seed: int = 1):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, device="cuda").to(torch.bfloat16)
+    weights, ids = torch.randn(tokens, EXPERTS, generator=generator, device="cuda").softmax(-1).topk(TOP_K)
+    return hidden, ids, weights
+
+
+def reference(real, hidden, ids, weights):
+    """Float32, expert by expert."""
+    gate_up, down = real
+    out = torch.zeros(hidden.shape[0], HIDDEN, device="cuda")
+    for expert in range(EXPERTS):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (hidden[token].float() @ gate_up[expert].T).chunk(2, dim=1)
+        y = (torch.nn.functional.silu(gate) * up) @ down[expert].T
+        out.index_add_(0, token, y * weights[token, slot, None].float())
+    return out
+
+
+def relative_error(found, expected) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("names", MIXES)
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_the_layer_is_the_moe_of_its_quantised_weights(names, tokens) -> None:
+    layer, real = layer_of(names)
+    hidden, ids, weights = inputs(tokens)
+    # bf16 between the linears costs 2^-9 a value; e4m3 activations 2^-4 each, halved by averaging over K, twice.
+    limit = 0.05 if any("e4m3" in name for name in names) else 0.01
+    assert relative_error(layer(hidden, ids, weights), reference(real, hidden, ids, weights)) < limit
+
+
+def test_experts_of_other_ranks_add_nothing() -> None:
+    layer, real = layer_of(("w4a16_g128_sym",))
+    hidden, ids, weights = inputs(40)
+    ids = torch.where(ids < 6, ids, ids + 1000)
+    assert relative_error(layer(hidden, ids, weights), reference(real, hidden, ids, weights)) < 0.01
+
+
+def test_a_graph_replays_with_other_routing() -> None:
+    layer, real = layer_of(("w4a16_g128_sym", "w8a16_g-1_sym"))
+    hidden, ids, weights = inputs(64)
+    layer(hidden, ids, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(hidden, ids, weights)
+    for seed in (5, 6):
+        for held, new in zip((hidden, ids, weights), inputs(64, seed), strict=True):
+            held.copy_(new)
+        graph.replay()
+        assert relative_error(out, reference(real, hidden, ids, weights)) < 0.01
+
+
+def test_torch_compile_gives_the_same() -> None:
+    layer, _ = layer_of(("w4a16_g128_sym",))
+    hidden, ids, weights = inputs(20)
+    step = torch.compile(lambda h: layer(h * 2, ids, weights) + 1, backend="eager")
+    assert torch.equal(step(hidden), layer(hidden * 2, ids, weights) + 1)
+
+
+def test_no_tokens_give_no_rows() -> None:
+    layer, _ = layer_of(("w4a16_g128_sym",))
+    assert layer(*inputs(0)).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, i, w: (h.float(), i, w), "hidden: expected bfloat16"),
+        (lambda h, i, w: (h[:, :128], i, w), "hidden: expected bfloat16"),
+        (lambda h, i, w: (h.cpu(), i, w), "hidden: expected"),
+        (lambda h, i, w: (h, i[:3], w), "expert_ids: expected integers"),
+        (lambda h, i, w: (h, i, w[:, :1]), "expert_weights: expected floats"),
+    ],
+)
+def test_mistakes_are_named(change, message) -> None:
+    layer, _ = layer_of(("w4a16_g128_sym",))
+    with pytest.raises(SpecError, match=message):
+        layer(*change(*inputs(8)))
+
+
+@pytest.mark.parametrize("bad", [[0, 5, 3, 8], [1, 2, 3, 8], [0, 2, 4, 7], [0, 2, 4, 9]])
+def test_bad_offsets_are_refused(bad) -> None:
+    experts = Experts.from_weights(torch.randn(3, 64, 128, device="cuda"), schemes.parse("w4a16_g128_sym"))
+    x = torch.randn(8, 128, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(SpecError, match="offsets: expected numbers rising from 0 to 8"):
+        grouped_gemm(x, experts, torch.tensor(bad, dtype=torch.int32, device="cuda"))

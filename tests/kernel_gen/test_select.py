@@ -1,0 +1,35 @@
+"""Choosing a configuration without measuring."""
+
+import pytest
+
+from kernel_gen.legality import reasons
+from kernel_gen.select import choose, table_size
+from profiles import gpus, schemes
+from profiles.errors import UnsupportedError
+
+W4 = schemes.parse("w4a16_g128_sym")
+W8 = schemes.parse("w8a8_g-1_sym")
+
+
+@pytest.mark.parametrize("gpu", [gpus.gpu("rtx4090"), gpus.gpu("h200")], ids=str)
+@pytest.mark.parametrize("per_expert", [[W4] * 60, [W4, W8] * 30], ids=["one scheme", "mixed"])
+def test_the_choice_is_legal_and_tiles_grow_with_the_load(gpu, per_expert) -> None:
+    chosen = [choose(per_expert, 2816, 2048, rows, gpu) for rows in (1, 64, 2048, 32768)]
+    assert all(not reasons(config, tuple(dict.fromkeys(per_expert)), gpu) for config in chosen)
+    assert chosen[0].tile.n < chosen[-1].tile.n
+
+
+def test_close_batch_sizes_share_a_kernel() -> None:
+    gpu = gpus.gpu("rtx4090")
+    assert len({choose([W4] * 8, 1024, 512, rows, gpu) for rows in range(129, 257)}) == 1
+
+
+def test_schemes_that_cannot_share_a_launch_are_refused() -> None:
+    both = [schemes.parse("w4a4_g-1_sym"), schemes.parse("w4a4_g128_sym")]
+    with pytest.raises(UnsupportedError, match="no configuration is legal"):
+        choose(both, 1024, 512, 64, gpus.gpu("rtx4090"))
+
+
+@pytest.mark.parametrize(("experts", "size"), [(8, 256), (256, 256), (257, 512), (1024, 1024)])
+def test_table_size(experts: int, size: int) -> None:
+    assert table_size(experts) == size
