@@ -1,0 +1,93 @@
+"""The wgmma family, compiled for an H200 without one, and gated: each kind of math, a mix, and what must not run."""
+
+import dataclasses
+
+import pytest
+
+from kernel_gen import gate, smem_wgmma
+from kernel_gen.cache import KernelCache
+from kernel_gen.compiler import Artifact
+from kernel_gen.kernels import KernelSpec
+from kernel_gen.legality import estimated_facts, reasons
+from kernel_gen.pool import Failure, compile_all
+from profiles.gpus import gpu
+from profiles.kernels import Family
+from profiles.records import Status
+from tests.kernel_gen.build.specs import kernel_spec
+
+H200 = gpu("h200")
+GOOD = {
+    "bf16": kernel_spec("w4a16_g128_sym", config="wgmma_128x16_w4x1x1_s8_k1_at_o3", arch="sm_90a"),
+    "bf16, prefill": kernel_spec("w2a16_g128_asym", config="wgmma_256x160_w8x1x1_s3_k1_at_o1", arch="sm_90a"),
+    "int8": kernel_spec("w8a8_g-1_sym", config="wgmma_128x48_w8x1x1_s4_k1_af_o2", arch="sm_90a"),
+    "e4m3": kernel_spec("w4a8_g128_sym_e4m3", config="wgmma_128x128_w8x1x1_s4_k1_at_o1", arch="sm_90a"),
+    "a mix": kernel_spec(
+        "w4a16_g128_asym",
+        "w8a8_g-1_sym",
+        "w8a8_g-1_sym_e4m3",
+        config="wgmma_128x32_w4x1x1_s3_k1_at_o2",
+        arch="sm_90a",
+    ),
+}
+SPILLS = kernel_spec("w4a8_g128_sym_e4m3", config="wgmma_256x128_w8x1x1_s2_k1_at_o1", arch="sm_90a")
+"""A group's sums and the whole sums are 256 registers of a consumer's 232."""
+TOO_WIDE = kernel_spec("w16a16", config="wgmma_64x80_w4x1x1_s2_k1_at_o4", arch="sm_90a")
+"""40 sums of one wgmma, where four CTAs leave 64 registers a thread at launch."""
+
+
+@pytest.fixture(scope="module")
+def outcomes(shared_cache: KernelCache) -> dict[KernelSpec, Artifact | Failure]:
+    return {outcome.spec: outcome for outcome in compile_all([*GOOD.values(), SPILLS, TOO_WIDE], shared_cache)}
+
+
+def built(outcomes: dict[KernelSpec, Artifact | Failure], spec: KernelSpec) -> Artifact:
+    outcome = outcomes[spec]
+    assert isinstance(outcome, Artifact), outcome
+    return outcome
+
+
+@pytest.mark.parametrize("spec", GOOD.values(), ids=GOOD)
+def test_each_math_passes_the_gate(outcomes: dict[KernelSpec, Artifact | Failure], spec: KernelSpec) -> None:
+    code = built(outcomes, spec).code
+    assert reasons(spec.config, spec.schemes, H200) == ()
+    assert gate.rejections(code, spec, H200) == ()
+    assert code.ptxas_warnings == ()
+    for scheme in spec.schemes:
+        meant = gate.MEANT_INSTRUCTION[Family.WGMMA, scheme.math]
+        found = [opcode for opcode in code.mma_instructions if meant.match(opcode)]
+        assert found
+        assert all(f"64x{spec.config.tile.n}x" in opcode for opcode in found)
+
+
+@pytest.mark.parametrize("spec", GOOD.values(), ids=GOOD)
+def test_the_estimate_is_what_the_compiler_reports(
+    outcomes: dict[KernelSpec, Artifact | Failure], spec: KernelSpec
+) -> None:
+    """With setmaxnreg, the compiler reports what the launch takes; shared memory and occupancy follow."""
+    facts = built(outcomes, spec).facts(H200)
+    estimate = estimated_facts(spec.config, spec.schemes, H200)
+    assert facts.registers_per_thread == smem_wgmma.launch_registers(spec.config) == estimate.registers_per_thread
+    assert facts.smem_bytes == estimate.smem_bytes
+    assert facts.ctas_per_sm == estimate.ctas_per_sm == spec.config.min_ctas_per_sm
+
+
+def test_what_spills_is_refused_before_and_after_the_build(outcomes: dict[KernelSpec, Artifact | Failure]) -> None:
+    code = built(outcomes, SPILLS).code
+    assert code.spill_bytes > 100
+    assert any(f"spills {code.spill_bytes} bytes" in reason for reason in gate.rejections(code, SPILLS, H200))
+    assert any("registers: about" in reason for reason in reasons(SPILLS.config, SPILLS.schemes, H200))
+
+
+def test_what_the_compiler_refuses_is_refused_before(outcomes: dict[KernelSpec, Artifact | Failure]) -> None:
+    outcome = outcomes[TOO_WIDE]
+    assert isinstance(outcome, Failure)
+    assert outcome.status is Status.COMPILE_ERROR
+    assert "C7602" in outcome.error
+    assert any("leave at launch" in reason for reason in reasons(TOO_WIDE.config, TOO_WIDE.schemes, H200))
+
+
+def test_a_kernel_whose_mma_sync_stands_for_wgmma_is_refused(outcomes: dict[KernelSpec, Artifact | Failure]) -> None:
+    """The instruction of the other family is not what was meant."""
+    code = dataclasses.replace(built(outcomes, GOOD["bf16"]).code, mma_instructions=("HMMA.16816.F32.BF16",))
+    (found,) = gate.rejections(code, GOOD["bf16"], H200)
+    assert "HGMMA.64x*x16.F32.BF16 is not in the machine code, which has HMMA.16816.F32.BF16" in found
