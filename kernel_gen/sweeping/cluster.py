@@ -180,16 +180,16 @@ class ClusterPool:
     def run(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Measurement]]:
         """As WorkerPool.run. An actor whose machine is lost costs its candidate; WorkerError when none is left."""
         queue = WorkQueue(candidates, len(self._actors))
+        alive = dict(enumerate(self._actors))
         in_flight: dict[Any, tuple[int, Candidate]] = {}
-
-        def give(index: int) -> None:
-            candidate = queue.next_for(index)
-            if candidate is not None:
-                in_flight[self._actors[index].measure.remote(candidate)] = index, candidate
-
-        for index in range(len(self._actors)):
-            give(index)
-        while in_flight:
+        while True:
+            busy = {index for index, _ in in_flight.values()}
+            for index in alive.keys() - busy:
+                candidate = queue.next_for(index)
+                if candidate is not None:
+                    in_flight[alive[index].measure.remote(candidate)] = index, candidate
+            if not in_flight:
+                break
             (done,), _ = self._ray.wait(list(in_flight))
             index, candidate = in_flight.pop(done)
             try:
@@ -197,13 +197,9 @@ class ClusterPool:
             except self._ray.exceptions.RayTaskError as error:
                 raise WorkerError(str(error)) from None
             except self._ray.exceptions.RayActorError as error:
+                del alive[index]
                 queue.give_up(index)
-                yield (
-                    candidate,
-                    Measurement.failed(Status.CRASHED, f"its machine was lost: {str(error).splitlines()[0]}"),
-                )
-                continue
-            give(index)
+                outcome = Measurement.failed(Status.CRASHED, f"its machine was lost: {str(error).splitlines()[0]}")
             yield candidate, outcome
         if queue:
             raise WorkerError("every machine of the Ray cluster was lost")

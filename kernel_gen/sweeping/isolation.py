@@ -8,6 +8,7 @@ that loses its parent ends by itself.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import signal
@@ -77,9 +78,8 @@ def serve(connection: Connection, factory: DeviceFactory) -> None:
     """A worker's life: open the device, then answer candidates until the pipe closes or a measurement says that the
     context is lost.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole terminal group; the parent decides what ends
+    # Ctrl-C reaches the whole terminal group; the parent decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         device = factory()
@@ -126,7 +126,8 @@ class _Worker:
     def give(self, candidate: Candidate) -> None:
         self.candidate = candidate
         self._begin(PREPARE_FACTOR * self._limit_s)
-        self.connection.send(candidate)
+        with contextlib.suppress(BrokenPipeError):  # it died idle: `listen` will find the end of the pipe
+            self.connection.send(candidate)
 
     def listen(self) -> Measurement | None:
         """Take one message, or notice death or a passed deadline. A measurement ends the candidate."""

@@ -21,8 +21,8 @@ from profiles.records import ProfileRecord, Source, Status
 from profiles.store import ProfileStore
 
 ESTIMATE_MARGIN = 0.05
-"""Of a latency. Real facts change a prediction where the occupancy was estimated wrong: none of 804 for an RTX 4090 with
-the quick effort (2026-11-24).
+"""Of a latency. Real facts change a prediction where the occupancy was estimated wrong: none of 804 for an RTX 4090
+with the quick effort (2026-11-24).
 """
 
 

@@ -6,8 +6,10 @@ every one that finishes to FOLDER/finished. With REPLAY_RAY in the environment t
 """
 
 import ctypes
+import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -44,10 +46,10 @@ class ReplayDevice:
         if "out of bounds" in self._behaviour.values():
             import kernel_gen.measure  # noqa: F401  # torch is slow to import; preparing may take ten times as long
         note(self._folder / "started", candidate)
+        self._order = take_number(self._folder)
 
     def measure(self, candidate: Candidate) -> Measurement:
-        order = str(len((self._folder / "started").read_text().splitlines()))
-        outcome = self._act(self._behaviour.get(order, self._behaviour.get("*", "")), latency_us(candidate))
+        outcome = self._act(self._behaviour.get(str(self._order), self._behaviour.get("*", "")), latency_us(candidate))
         note(self._folder / "finished", candidate)
         return outcome
 
@@ -57,6 +59,8 @@ class ReplayDevice:
                 time.sleep(HOURS_S)
             case "exit":
                 os._exit(7)
+            case "lose machine":
+                os.kill(os.getppid(), signal.SIGKILL)
             case "segfault":
                 ctypes.string_at(0)
             case "lose context":
@@ -136,6 +140,17 @@ def latency_us(candidate: Candidate) -> float:
     """Made up, and another for every candidate: by bytes of weights and size of the tile."""
     bits = sum(scheme.weight_bits for scheme in candidate.workload.slots)
     return bits * (1.0 + candidate.load.total / 1000) + candidate.config.tile.n / 64 + candidate.config.tile.m / 1000
+
+
+def take_number(folder: Path) -> int:
+    """1 for the first who asks, 2 for the second, in whichever process."""
+    for number in itertools.count(1):
+        try:
+            (folder / f"number{number}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return number
+    raise AssertionError
 
 
 def note(path: Path, candidate: Candidate) -> None:

@@ -88,6 +88,16 @@ def test_measuring_is_isolated_on_every_machine(cluster: str, tmp_path: Path) ->
     assert len({versions["worker"] for versions in frame["versions"]}) >= 2
 
 
+def test_a_lost_machine_costs_one_row(cluster: str, tmp_path: Path) -> None:
+    done = run(command(tmp_path, {"3": "lose machine"}), REPLAY_RAY=cluster, REPLAY_GPUS="2")
+    assert done.returncode == 0, done.stderr
+    counts = statuses(tmp_path)
+    lost = ProfileStore(tmp_path / "profile.parquet").records(status=Status.CRASHED)
+    assert counts == {Status.OK.value: ROWS - len(lost), Status.CRASHED.value: len(lost)}
+    assert len(lost) == 1
+    assert "its machine was lost" in lost["error"].iloc[0]
+
+
 def test_no_gpu_in_the_cluster(cluster: str, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "kernel_gen.sweep", "--gpu", "h200", "--backend", "cuda", "--ray", cluster]
     done = run([*words, "--out", str(tmp_path / "h200.parquet")])
