@@ -18,7 +18,7 @@ from allocator.dual import Dual
 from allocator.primal import round_mixture
 from allocator.problem import Floats, Ints, Problem, cheapest
 
-_PRICE_FACTORS = (0.0, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2.0, 5.0)
+_PRICE_FACTORS = (0.5, 0.9, 1.1, 2.0)
 _CHAMPIONS = 24  # states that every other state is compared with
 
 

@@ -117,8 +117,10 @@ def first_solution(problem: Problem, dual: Dual) -> Ints | None:
     themselves; None if none came up.
     """
     candidates = [repair(problem, round_mixture(problem, dual), dual.prices)]
-    candidates += [cut.assignment for cut in dual.cuts if problem.fits(cut.assignment)]
-    if candidates[0] is None:
+    fitting = [cut.assignment for cut in dual.cuts if problem.fits(cut.assignment)]
+    if fitting:
+        candidates.append(min(fitting, key=problem.cost_of))
+    elif candidates[0] is None:
         candidates += [repair(problem, cut.assignment, dual.prices) for cut, _ in dual.mixture]
     filled = [fill(problem, candidate, dual.prices) for candidate in candidates if candidate is not None]
     filled = [candidate for candidate in filled if problem.fits(candidate)]

@@ -14,6 +14,7 @@ from allocator.primal import fill, first_solution
 from allocator.problem import Problem
 
 _CORE_LIMITS = 6  # state lists need few dimensions; with more limits than this HiGHS closes the gap alone
+_MOST_PASSES = 3
 _MOST_RESETTLED = 6
 _MOST_LAUNCH_VARIABLES = 4000
 
@@ -29,7 +30,7 @@ class Effort:
     good_gap: float = 1e-5
     small_items: int = 3000
     narrow: tuple[int, int] = (4_000, 150)
-    wide: tuple[int, int] = (60_000, 600)
+    wide: tuple[int, int] = (20_000, 200)
     milp_variables: int = 20_000
     milp_seconds: float = 20.0
 
@@ -90,7 +91,7 @@ def _deepen(
     """Search the core again as long as a better incumbent makes it smaller."""
     if problem.num_limits > _CORE_LIMITS:
         return found
-    for _ in range(4):
+    for _ in range(_MOST_PASSES):
         if _done(problem, found, effort):
             return found
         keep = 0.0
