@@ -185,15 +185,21 @@ def norm(parts: Sequence[Array], squarings: int | npt.NDArray[np.int_]) -> Array
     """p-norm of non-negative parts, elementwise, p = 2 ** squarings (one for all, or an array that broadcasts): at
     least the largest, at most their sum.
     """
+    each = np.asarray(squarings)
+    for_all, most = (int(each.min()), int(each.max())) if each.size else (0, 0)
+    more = [each > step for step in range(for_all, most)]
     largest = functools.reduce(np.maximum, parts)
     scale = np.where(largest > 0, largest, 1.0)
-    rounds = [np.asarray(squarings) > step for step in range(int(np.max(squarings, initial=0)))]
     total = np.zeros(scale.shape)
     for part in parts:
-        power = np.broadcast_to(part, scale.shape) / scale
-        for happens in rounds:
+        power = part / scale
+        for _ in range(for_all):
+            np.square(power, out=power)
+        for happens in more:
             np.square(power, out=power, where=happens)
         total += power
-    for happens in rounds:
+    for _ in range(for_all):
+        np.sqrt(total, out=total)
+    for happens in more:
         np.sqrt(total, out=total, where=happens)
     return np.asarray(scale * total, dtype=np.float64)
