@@ -85,9 +85,7 @@ def _done(problem: Problem, found: Found, effort: Effort) -> bool:
     return problem.num_items > effort.small_items and relative_gap(problem, found) <= effort.good_gap
 
 
-def _deepen(
-    problem: Problem, dual: Dual, found: Found, breadth: tuple[int, int], effort: Effort
-) -> Found:
+def _deepen(problem: Problem, dual: Dual, found: Found, breadth: tuple[int, int], effort: Effort) -> Found:
     """Search the core again as long as a better incumbent makes it smaller."""
     if problem.num_limits > _CORE_LIMITS:
         return found

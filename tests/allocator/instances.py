@@ -46,7 +46,7 @@ class Instance:
 
 
 def realistic(*, layers: int, experts: int, seed: int, linears: int = 3) -> tuple[Floats, Floats, Floats, Floats]:
-    """loss [B, 8] (error ~ 4^-bits times log-normal sensitivities), bits [8], sizes [B], latency [B, 8, 2] (roofline)."""
+    """loss [B, 8] (4^-bits times log-normal sensitivities), bits [8], sizes [B], latency [B, 8, 2] (roofline)."""
     rng = np.random.default_rng(seed)
     blocks, schemes = layers * experts * linears, REAL_BITS.size
     sensitivity = rng.lognormal(0, 1.5, blocks) * np.repeat(rng.lognormal(0, 0.7, layers), experts * linears)

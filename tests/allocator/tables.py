@@ -9,7 +9,15 @@ from profiles import schemes
 from profiles.models import Linear, model
 
 MODEL = model("olmoe-1b-7b")
-SCHEMES = ("w16a16", "w8a16_g-1_sym", "w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym", "w8a8_g-1_sym", "w4a4_g-1_sym")
+SCHEMES = (
+    "w16a16",
+    "w8a16_g-1_sym",
+    "w4a16_g128_asym",
+    "w3a16_g128_asym",
+    "w2a16_g128_asym",
+    "w8a8_g-1_sym",
+    "w4a4_g-1_sym",
+)
 LAYERS = 3
 EXPERTS = 16  # of the model's 64: a quarter of a launch's latency is theirs
 
@@ -43,7 +51,9 @@ def a_cost_table(*, without: tuple[str, ...] = ()) -> CostTable:
                     continue
                 scheme = schemes.parse(name)
                 memory = MODEL.num_experts * n * k * scheme.bits_per_weight(k) / 8 / 4e6
-                compute = 2 * tokens * MODEL.num_experts * n * k / {16: 800e6, 8: 1600e6, 4: 2400e6}[scheme.activation_bits]
+                compute = (
+                    2 * tokens * MODEL.num_experts * n * k / {16: 800e6, 8: 1600e6, 4: 2400e6}[scheme.activation_bits]
+                )
                 rows.append((linear.value, name, scenario, tokens, max(memory, compute) + 2))
     frame = pd.DataFrame(rows, columns=["linear", "scheme", "scenario", "tokens_per_expert", "latency_us"])
     return CostTable(

@@ -5,13 +5,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from tests.allocator.tables import EXPERTS, LAYERS, MODEL, SCHEMES, a_cost_table, a_sensitivity
 
 from allocator import Allocation, Budget, Granularity, InfeasibleError, Options, allocate
 from allocator.solve import main
 from profiles import schemes
 from profiles.errors import DataError, SpecError
 from profiles.models import Linear, LinearId
+from tests.allocator.tables import EXPERTS, LAYERS, MODEL, SCHEMES, a_cost_table, a_sensitivity
 
 
 def weight_bits(allocation: Allocation) -> float:
@@ -50,7 +50,8 @@ def test_latency_and_loss_add_up() -> None:
     assert latency == pytest.approx(allocation.predicted_latency_us["decode"])
     uniform = next(u for u in allocation.uniform if u.scheme.name == "w16a16")
     whole = sum(
-        table.latency_us(model=MODEL.name, linear=linear.value, scheme=uniform.scheme, scenario="decode") for linear in Linear
+        table.latency_us(model=MODEL.name, linear=linear.value, scheme=uniform.scheme, scenario="decode")
+        for linear in Linear
     )
     assert uniform.latency_us["decode"] == pytest.approx(LAYERS * whole * EXPERTS / MODEL.num_experts)
 
@@ -128,7 +129,12 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(SpecError, match="no scenario 'chat'"):
         allocate(sensitivity, a_cost_table(), Budget(max_latency_us={"chat": 1.0}))
     with pytest.raises(SpecError, match="no losses for w8a8_g-1_sym_e4m3"):
-        allocate(sensitivity, None, Budget(avg_weight_bits=4.0), options=Options(schemes=(schemes.parse("w8a8_g-1_sym_e4m3"),)))
+        allocate(
+            sensitivity,
+            None,
+            Budget(avg_weight_bits=4.0),
+            options=Options(schemes=(schemes.parse("w8a8_g-1_sym_e4m3"),)),
+        )
     with pytest.raises(DataError, match="expert 64 of layer 0"):
         allocate(a_sensitivity(experts=65), None, Budget(avg_weight_bits=4.0))
     with pytest.raises(InfeasibleError, match=r"avg_bits 1 is 1\.25 below"):
@@ -143,12 +149,21 @@ def files(tmp_path: Path) -> tuple[Path, list[str]]:
     return out, ["--sensitivity", str(tmp_path / "s.parquet"), "--cost", str(tmp_path / "c.parquet"), "--out", str(out)]
 
 
-def test_the_command_writes_what_the_function_returns(files: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_what_the_function_returns(
+    files: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     out, arguments = files
     assert main([*arguments, "--budget-bits", "4.25", "--max-latency", "decode=225"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    for word in ("mixed", "w4a16_g128_asym", "beyond the budget", "gap", "the next 0.1 avg_bits", "max_latency_us[decode]"):
+    for word in (
+        "mixed",
+        "w4a16_g128_asym",
+        "beyond the budget",
+        "gap",
+        "the next 0.1 avg_bits",
+        "max_latency_us[decode]",
+    ):
         assert word in printed.out
     budget = Budget(avg_weight_bits=4.25, max_latency_us={"decode": 225.0})
     assert Allocation.read(out) == allocate(a_sensitivity(), a_cost_table(), budget)

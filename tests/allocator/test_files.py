@@ -10,12 +10,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.allocator.tables import a_cost_table, a_sensitivity
 
 from allocator import Allocation, Budget, Options, Sensitivity, allocate
 from profiles import schemes
 from profiles.errors import DataError, SpecError
 from profiles.models import Linear, LinearId
+from tests.allocator.tables import a_cost_table, a_sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,13 @@ def test_a_sensitivity_comes_back_as_it_was_written(tmp_path: Path) -> None:
     table.write(tmp_path / "s.parquet")
     back = Sensitivity.read(tmp_path / "s.parquet")
     pd.testing.assert_frame_equal(back.frame(), table.frame())
-    assert back.provenance == {"model": "olmoe-1b-7b", "metric": "block_l2", "data": "synthetic", "num_samples": 4, "seed": 0}
+    assert back.provenance == {
+        "model": "olmoe-1b-7b",
+        "metric": "block_l2",
+        "data": "synthetic",
+        "num_samples": 4,
+        "seed": 0,
+    }
     assert list(tmp_path.iterdir()) == [tmp_path / "s.parquet"]
 
 
@@ -38,7 +44,12 @@ def test_a_sensitivity_from_losses_as_arrays() -> None:
     block = LinearId(layer=0, expert=3, linear=Linear.DOWN)
     other = LinearId(layer=0, expert=-1, linear=Linear.DOWN)
     table = Sensitivity.from_losses(
-        {(block, one): 0.5, (block, two): 0.0, (other, two): -0.25}, model="m", metric="l2", data="d", num_samples=1, seed=0
+        {(block, one): 0.5, (block, two): 0.0, (other, two): -0.25},
+        model="m",
+        metric="l2",
+        data="d",
+        num_samples=1,
+        seed=0,
     )
     blocks, columns, losses = table.arrays()
     assert blocks == (other, block)

@@ -58,9 +58,7 @@ def test_the_product_of_a_layer_is_certified() -> None:
     found = solve_product(loss, BITS, latency_us=latency, loss_weight=0.75, avg_bits=5.0)
     rows = np.arange(180)
     assignment = found.solution.assignment
-    assert found.value == pytest.approx(
-        loss[rows, assignment].sum() ** 0.75 * latency[rows, assignment].sum() ** 0.25
-    )
+    assert found.value == pytest.approx(loss[rows, assignment].sum() ** 0.75 * latency[rows, assignment].sum() ** 0.25)
     assert BITS[assignment].mean() <= 5.0
     assert 0 <= found.gap <= 1e-4
 

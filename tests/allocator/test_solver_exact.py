@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from tests.allocator.instances import Instance, by_milp, hard
 
 from allocator import solve_arrays
+from tests.allocator.instances import Instance, by_milp, hard
 
 CASES = [
     (kind, blocks, schemes, scenarios)

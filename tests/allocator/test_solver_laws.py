@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.allocator.instances import Instance, brute_force
 
 from allocator import InfeasibleError, solve_arrays
+from tests.allocator.instances import Instance, brute_force
 
 
 @st.composite
 def instances(draw: st.DrawFn) -> Instance:
-    """Up to 5 blocks, 4 schemes, 4 limits: whole or real numbers, ties, negative and zero losses, scales of 1e-8 to 1e8."""
+    """Up to 5 blocks, 4 schemes, 4 limits: whole or real, ties, negative and zero losses, scales of 1e-8 to 1e8."""
     blocks, schemes, scenarios = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(0, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     whole = draw(st.booleans())
@@ -22,7 +22,11 @@ def instances(draw: st.DrawFn) -> Instance:
         loss[rng.random(loss.shape) < 0.2] = np.inf
         loss[:, 0] = np.where(np.isinf(loss).all(axis=1), 1.0, loss[:, 0])
     bits = rng.integers(1, 5, schemes).astype(float) if draw(st.booleans()) else rng.random((blocks, schemes)) * 4
-    latency = rng.integers(0, 4, (blocks, schemes, scenarios)).astype(float) if whole else rng.random((blocks, schemes, scenarios))
+    latency = (
+        rng.integers(0, 4, (blocks, schemes, scenarios)).astype(float)
+        if whole
+        else rng.random((blocks, schemes, scenarios))
+    )
     tight = draw(st.floats(0, 1))
     every = np.broadcast_to(bits, loss.shape)
     least, most = every.min(axis=1).mean(), every.max(axis=1).mean()

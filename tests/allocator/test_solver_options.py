@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.allocator.instances import realistic
 
 from allocator import InfeasibleError, solve_arrays
 from profiles.errors import SpecError, UserError
+from tests.allocator.instances import realistic
 
 BITS = np.array([2.0, 4.0, 8.0])
 
@@ -112,7 +112,14 @@ def test_at_most_k_schemes_a_launch_at_a_model_s_size() -> None:
     free = solve_arrays(loss, bits, avg_bits=4.25, sizes=sizes, latency_us=latency)
     limits = free.latency_us * 0.95
     solution = solve_arrays(
-        loss, bits, avg_bits=4.25, sizes=sizes, latency_us=latency, max_latency_us=limits, launches=launches, max_schemes=3
+        loss,
+        bits,
+        avg_bits=4.25,
+        sizes=sizes,
+        latency_us=latency,
+        max_latency_us=limits,
+        launches=launches,
+        max_schemes=3,
     )
     for launch in range(12):
         assert len(set(solution.assignment[launches == launch].tolist())) <= 3
