@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +20,8 @@ from kernel_gen.legality import ARCHITECTURES, estimated_facts, reasons
 from profiles.gpus import GpuSpec
 from profiles.kernels import Family, KernelConfig, Raster, TileShape, WarpLayout
 from profiles.schemes import QuantScheme
+
+ALL_FAMILIES = tuple(Family)
 
 
 class Effort(Enum):
@@ -116,19 +118,20 @@ WGMMA_PICKS = (
 """Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing."""
 
 
-def quick_picks(gpu: GpuSpec) -> tuple[QuickPick, ...]:
-    """The rules of the quick space for a GPU, decode first within a family."""
-    if gpu.arch not in ARCHITECTURES[Family.WGMMA]:
-        return MMA_PICKS
-    return (*(pick for pick in MMA_PICKS if pick.beside_wgmma), *WGMMA_PICKS)
+def quick_picks(gpu: GpuSpec, families: Collection[Family] = ALL_FAMILIES) -> tuple[QuickPick, ...]:
+    """The rules of the quick space for a GPU, decode first within a family; few of the mma family's beside wgmma's."""
+    wgmma = Family.WGMMA in families and gpu.arch in ARCHITECTURES[Family.WGMMA]
+    mma = tuple(pick for pick in MMA_PICKS if pick.beside_wgmma or not wgmma) if Family.MMA in families else ()
+    return (*mma, *WGMMA_PICKS) if wgmma else mma
 
 
-def space(effort: Effort, gpu: GpuSpec) -> Iterator[KernelConfig]:
+def space(effort: Effort, gpu: GpuSpec, families: Collection[Family] = ALL_FAMILIES) -> Iterator[KernelConfig]:
     """Every member of the space, legal or not, in a fixed order; on a GPU without wgmma the mma family's alone."""
     if effort is Effort.QUICK:
-        return (config for pick in quick_picks(gpu) for config in _members(pick))
-    families = [_full_mma()] + ([_full_wgmma()] if gpu.arch in ARCHITECTURES[Family.WGMMA] else [])
-    return itertools.chain(*families)
+        return (config for pick in quick_picks(gpu, families) for config in _members(pick))
+    mma = [_full_mma()] if Family.MMA in families else []
+    wgmma = [_full_wgmma()] if Family.WGMMA in families and gpu.arch in ARCHITECTURES[Family.WGMMA] else []
+    return itertools.chain(*mma, *wgmma)
 
 
 def enumerate_configs(
@@ -138,6 +141,7 @@ def enumerate_configs(
     *,
     max_experts: int = 256,
     allow_emulated: bool = False,
+    families: Collection[Family] = ALL_FAMILIES,
 ) -> Iterator[tuple[KernelConfig, tuple[str, ...]]]:
     """Every configuration of the space with the reasons why it cannot run these schemes in one kernel on `gpu`, in a
     fixed order.
@@ -146,13 +150,13 @@ def enumerate_configs(
     higher number); with QUICK, what comes after a rule's first legal member.
     """
     if effort is Effort.FULL:
-        for config in space(effort, gpu):
+        for config in space(effort, gpu, families):
             found = reasons(config, schemes, gpu, max_experts=max_experts, allow_emulated=allow_emulated)
             if found or not _is_duplicate(config, schemes, gpu, max_experts):
                 yield config, found
         return
     seen: set[str] = set()
-    for pick in quick_picks(gpu):
+    for pick in quick_picks(gpu, families):
         for config in _members(pick):
             if config.name in seen:
                 continue
@@ -170,9 +174,12 @@ def candidates(
     *,
     max_experts: int = 256,
     allow_emulated: bool = False,
+    families: Collection[Family] = ALL_FAMILIES,
 ) -> tuple[KernelConfig, ...]:
     """The legal ones."""
-    enumerated = enumerate_configs(schemes, gpu, effort, max_experts=max_experts, allow_emulated=allow_emulated)
+    enumerated = enumerate_configs(
+        schemes, gpu, effort, max_experts=max_experts, allow_emulated=allow_emulated, families=families
+    )
     return tuple(config for config, found in enumerated if not found)
 
 

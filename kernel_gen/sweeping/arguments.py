@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_gen.bundle import Bundle, load_bundle
+from kernel_gen.legality import ARCHITECTURES
 from kernel_gen.space import Effort
 from kernel_gen.sweeping.plan import (
     DEFAULT_LINEARS,
@@ -23,6 +24,7 @@ from kernel_gen.sweeping.plan import (
 from profiles import gpus, models, schemes
 from profiles.errors import DataError, SpecError
 from profiles.gpus import GpuSpec
+from profiles.kernels import Family
 from profiles.loads import GENERATORS
 from profiles.schemes import QuantScheme
 
@@ -117,6 +119,13 @@ def parser() -> argparse.ArgumentParser:
         help="how many configurations (default: quick)",
     )
     how.add_argument(
+        "--family",
+        action="extend",
+        nargs="+",
+        metavar="FAMILY",
+        help=f"kernels of {', '.join(family.value for family in Family)} only (default: all that the GPU has)",
+    )
+    how.add_argument(
         "--backend",
         choices=[backend.value for backend in Backend],
         default=Backend.AUTO.value,
@@ -167,6 +176,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         raise SpecError(f"--seed {given.seed}: it must not be negative")
     if not 0 < given.time_limit < 86400:
         raise SpecError(f"--time-limit {given.time_limit:g}: seconds, more than 0 and less than a day")
+    families = _families(given.family, gpu)
     mixes = tuple(dict.fromkeys(_mix(text) for text in _split(given.mixed)))
     named = tuple(dict.fromkeys(schemes.parse(name) for name in _split(given.schemes)))
     request = SweepRequest(
@@ -178,12 +188,13 @@ def parse(argv: Sequence[str] | None) -> Options:
         tokens=tuple(sorted({_tokens(text) for text in _split(given.tokens)})) or DEFAULT_TOKENS[effort],
         loads=tuple(dict.fromkeys(_load(text) for text in _split(given.load))) or ("uniform",),
         seed=given.seed,
-        schemes=named if named or mixes else default_schemes(gpu, effort, bundle),
+        schemes=named if named or mixes else default_schemes(gpu, effort, bundle, families),
         mixes=mixes,
         effort=effort,
         out=_out(given.out, gpu),
         bundle=bundle,
         limit_s=given.time_limit,
+        families=families,
     )
     return Options(
         request=request,
@@ -217,6 +228,17 @@ def _linears(texts: Sequence[str] | None) -> tuple[str, ...]:
         if name not in LINEARS:
             raise SpecError(f"unknown linear {name!r}: known are {', '.join(LINEARS)}")
     return names or DEFAULT_LINEARS
+
+
+def _families(texts: Sequence[str] | None, gpu: GpuSpec) -> tuple[Family, ...]:
+    names = _split(texts)
+    known = [family.value for family in Family]
+    for name in names:
+        if name not in known:
+            raise SpecError(f"unknown family {name!r}: known are {', '.join(known)}")
+        if gpu.arch not in (archs := ARCHITECTURES[Family(name)]):
+            raise SpecError(f"--family {name}: its kernels are for {', '.join(archs)}; {gpu.name} is {gpu.arch}")
+    return tuple(family for family in Family if family.value in names) or tuple(Family)
 
 
 def _tokens(text: str) -> int:

@@ -16,11 +16,11 @@ from costmodel.analytic import launch_latencies
 from costmodel.facts import BuildFacts
 from kernel_gen.bundle import Bundle
 from kernel_gen.legality import estimated_facts
-from kernel_gen.space import Effort, candidates, enumerate_configs, summarise
+from kernel_gen.space import ALL_FAMILIES, Effort, candidates, enumerate_configs, summarise
 from kernel_gen.sweeping.candidates import Candidate, Workload, runs
 from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GpuSpec
-from profiles.kernels import KernelConfig
+from profiles.kernels import Family, KernelConfig
 from profiles.loads import GENERATORS, TokenLoad, generate, read_trace
 from profiles.models import MODELS, MoeShape, find_model
 from profiles.schemes import KERNEL_SCHEMES, QuantScheme
@@ -84,6 +84,7 @@ class SweepRequest:
     out: Path
     bundle: Bundle | None = None
     limit_s: float = 30.0
+    families: tuple[Family, ...] = ALL_FAMILIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +115,16 @@ class Cell:
         return Candidate(workload=self.workload, load=self.case.load, config=config)
 
 
-def default_schemes(gpu: GpuSpec, effort: Effort, bundle: Bundle | None) -> tuple[QuantScheme, ...]:
+def default_schemes(
+    gpu: GpuSpec, effort: Effort, bundle: Bundle | None, families: tuple[Family, ...] = ALL_FAMILIES
+) -> tuple[QuantScheme, ...]:
     """Every scheme with a kernel for `gpu`, or in the bundle, by itself. UnsupportedError when there is none."""
     if bundle is not None:
         found = tuple(
             scheme for scheme in KERNEL_SCHEMES if any(kernel.spec.schemes == (scheme,) for kernel in bundle.kernels)
         )
     else:
-        found = tuple(scheme for scheme in KERNEL_SCHEMES if candidates((scheme,), gpu, effort))
+        found = tuple(scheme for scheme in KERNEL_SCHEMES if candidates((scheme,), gpu, effort, families=families))
     if not found and bundle is None:
         _, why = next(enumerate_configs(KERNEL_SCHEMES[:1], gpu, effort))
         raise UnsupportedError(f"kernels for {gpu.name}", why)
@@ -253,10 +256,13 @@ def _known_facts(request: SweepRequest, workload: Workload) -> dict[KernelConfig
                 " build one, or leave the scheme out with --schemes"
             )
         return built
-    legal = candidates(workload.slots, request.gpu, request.effort, max_experts=workload.max_experts)
+    families = request.families
+    legal = candidates(workload.slots, request.gpu, request.effort, max_experts=workload.max_experts, families=families)
     if not legal:
         enumerated = list(
-            enumerate_configs(workload.slots, request.gpu, request.effort, max_experts=workload.max_experts)
+            enumerate_configs(
+                workload.slots, request.gpu, request.effort, max_experts=workload.max_experts, families=families
+            )
         )
         raise UnsupportedError(
             f"{workload.label} on {request.gpu.name}", [example for _, _, example in summarise(enumerated).by_kind]

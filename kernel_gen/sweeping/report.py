@@ -122,16 +122,18 @@ def _log_ratios(panel: Sequence[Cell], few: str, many: str) -> list[tuple[float,
 def print_report(cells: Sequence[Cell], crossings: Sequence[Crossover], *, title: str, console: Console) -> None:
     """The closing tables: one a panel, a line per scheme and token count, then the crossovers."""
     for panel in panels(cells):
-        console.print(_table(panel, title))
+        model, linear, load = panel[0].panel
+        heading = f"{model} {linear}, {load} load: best of each scheme, {title}"
+        console.print(heading, style="bold", highlight=False, soft_wrap=True)  # a table's own title wraps at its width
+        console.print(_table(panel))
     if crossings:
         console.print("Crossovers (fastest variant of each scheme):")
         for crossing in crossings:
             console.print(f"  {crossing}", highlight=False)
 
 
-def _table(panel: Sequence[Cell], title: str) -> Table:
-    model, linear, load = panel[0].panel
-    table = Table(title=f"{model} {linear}, {load} load: best of each scheme, {title}", title_justify="left")
+def _table(panel: Sequence[Cell]) -> Table:
+    table = Table()
     for column, justify in (
         ("scheme", "left"),
         ("tokens", "right"),

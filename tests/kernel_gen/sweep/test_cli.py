@@ -43,6 +43,8 @@ def run(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
         ("--gpu rtx4090 --schemes banana", "unknown scheme 'banana'"),
         ("--gpu h200 --schemes w4a4_g-1_sym", "no int4 tensor cores on sm_90"),
         ("--gpu rtx4090 --linear attention", "unknown linear 'attention'"),
+        ("--gpu rtx4090 --family tensor", "unknown family 'tensor'"),
+        ("--gpu rtx4090 --family wgmma", "its kernels are for sm_90a; rtx4090 is sm_89"),
         ("--gpu rtx4090 --linear shared_down --model mixtral-8x7b", "has no shared experts"),
         ("--gpu rtx4090 --tokens 0", "--tokens '0'"),
         ("--gpu rtx4090 --tokens=-4", "--tokens '-4'"),
