@@ -15,13 +15,17 @@ MARGIN = {Family.MMA: 40, Family.WGMMA: 24}
 """Addresses, loop counters, the load cursor, magic constants: not counted in the estimate, and in every kernel.
 
 mma: of 66 builds near their limit (sm_89, 2026-11-24), 1 of the 48 that this lets through spilled, and 11 of the 18
-that it refuses. wgmma: of 288 builds near their limit (sm_90a, 2026-11-24), 7 of 194 and 17 of 94. The build gate has
+that it refuses. wgmma: of 359 builds near their limit (sm_90a, 2026-11-24), 2 of 266 and 25 of 93. The build gate has
 the last word.
 """
 BESIDE_A_WGMMAS_SUMS = 32
 """ptxas refuses a kernel (C7602) in which one wgmma's sums and this many registers are more than a thread has at
-launch, whatever setmaxnreg gives it later: so in 372 builds, without an exception.
+launch, whatever setmaxnreg gives it later: so in 443 builds, without an exception.
 """
+NARROW_EPILOGUE = 16
+"""wgmma with 8-bit math: scales of four tokens and of each unit's rows, and where they are read, beside the sums."""
+SEVERAL_SLOTS = 8
+"""wgmma: what a kernel of several schemes keeps for all of them."""
 FREE_REGISTERS = 64
 """The same in the mma family where the compiler is not pressed: the median over those builds, most between 54 and 75.
 """
@@ -33,8 +37,10 @@ def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) ->
     Math with group scales whose sums are of codes (all but BF16) holds a group's sums and the whole sums at once. The
     precision is chosen per tile, so slots share their registers.
     """
-    of_scheme = _wgmma if config.family is Family.WGMMA else _mma
-    return max(of_scheme(config, layout_of(scheme)) for scheme in schemes)
+    layouts = [layout_of(scheme) for scheme in schemes]
+    if config.family is Family.WGMMA:
+        return max(_wgmma(config, layout) for layout in layouts) + (SEVERAL_SLOTS if len(layouts) > 1 else 0)
+    return max(_mma(config, layout) for layout in layouts)
 
 
 def registers_at_launch(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec) -> int:
@@ -88,14 +94,15 @@ def _strip_words(layout: Layout) -> int:
 
 def _wgmma(config: KernelConfig, layout: Layout) -> int:
     """A unit of 64 rows is one m16 block of each of a warpgroup's four warps; A fragments of a whole k-tile are in
-    registers, 128 bytes of each of the block's rows.
+    registers, 128 bytes of each of the block's rows. Where groups are summed, packed words and scales are dead while
+    both kinds of sums live; elsewhere the next k-tile's are on their way.
     """
     consumers = config.num_threads - THREADS_PER_WARPGROUP
     accumulators = config.tile.m * config.tile.n // consumers
-    if layout.has_group_scales and layout.math is not Math.BF16:
-        accumulators *= 2
     units = config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // consumers
-    fragments = UNIT_ROWS * smem_wgmma.TOKEN_ROW_BYTES // 4 // THREADS_PER_WARPGROUP
-    scales = 2 if layout.has_group_scales else 0
-    zeros = 2 if layout.has_zero_points else 0
-    return accumulators + units * (fragments + _packed_words(layout) + scales + zeros)
+    fragments = units * (UNIT_ROWS * smem_wgmma.TOKEN_ROW_BYTES // 4 // THREADS_PER_WARPGROUP)
+    if layout.math is not Math.BF16 and layout.has_group_scales:
+        return 2 * accumulators + fragments
+    strips = (2 if layout.has_group_scales else 0) + (2 if layout.has_zero_points else 0)
+    epilogue = 0 if layout.math is Math.BF16 else NARROW_EPILOGUE
+    return accumulators + fragments + units * (_packed_words(layout) + strips) + epilogue

@@ -138,7 +138,7 @@ def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantSc
             "wgmma_256x128_w8x1x1_s2_k1_at_o1",
             "w4a8_g128_sym_e4m3",
             "h200",
-            "registers: about 332 a consumer thread (308 for tiles, 24 margin) > 232 with 1 CTAs of 384 threads",
+            "registers: about 312 a consumer thread (288 for tiles, 24 margin) > 232 with 1 CTAs of 384 threads",
         ),
         (
             "wgmma_64x80_w4x1x1_s2_k1_at_o4",
@@ -174,11 +174,19 @@ def test_a_wgmma_kernel_that_was_measured_is_legal_and_its_neighbour_that_spille
         ("wgmma_256x160_w8x1x1_s4_k1_at_o1", "w4a16_g128_asym"),
         ("wgmma_128x192_w8x1x1_s4_k1_at_o1", "w4a16_g128_sym"),
         ("wgmma_256x128_w8x1x1_s3_k1_at_o1", "w8a8_g-1_sym_e4m3"),
-        ("wgmma_128x128_w8x1x1_s4_k1_at_o1", "w4a8_g128_sym_e4m3"),
+        ("wgmma_128x192_w8x1x1_s4_k1_at_o1", "w4a8_g128_sym_e4m3"),
     ):
         assert refusals(config, scheme, "h200") == ""
     assert "registers: about" in refusals("wgmma_256x128_w8x1x1_s2_k1_at_o1", "w4a8_g128_sym_e4m3", "h200")
     assert "registers: about" in refusals("wgmma_256x128_w8x1x1_s2_k1_at_o1", "w4a8_g128_sym", "h200")
+
+
+def test_a_mix_needs_a_few_registers_more_than_its_hungriest_scheme() -> None:
+    """Measured: alone this one does not spill, with three others it spills 332 bytes."""
+    config = "wgmma_128x192_w8x1x1_s4_k1_at_o1"
+    mix = ("w4a8_g128_sym_e4m3", "w4a16_g128_sym", "w8a8_g-1_sym_e4m3", "w8a8_g-1_sym")
+    assert all(refusals(config, name, "h200") == "" for name in mix)
+    assert "registers: about 240 a consumer thread" in refusals(config, mix, "h200")
 
 
 def test_setmaxnreg_must_find_what_it_deals_out() -> None:
