@@ -93,6 +93,10 @@ class AnalyticConstants:
     producer_k_tile_cycles: float = 100.0
     """wgmma family: one thread sees an empty stage, expects its bytes and starts up to four copies. A guess."""
 
+    wgmma_store_cycles: float = 40.0
+    """wgmma family: one token row's bulk store, which the lanes of a warp start in turn: nine instructions, three of
+    them moves to uniform registers. A guess from that."""
+
     prologue_cycles: float = 2500.0
     """Tile table: two dependent global reads, a scan over the experts, barriers; then the first stage from DRAM. A
     guess from the parts."""

@@ -93,6 +93,7 @@ class LaunchTable:
     mmas_per_k_step_of_a_warp: Array
     serial_instructions_of_a_warp: Array
     epilogue_instructions: Array
+    stores_in_turn: Array
     output_bytes: Array
     expert_weight_bytes: Array
     token_bytes: Array
@@ -163,6 +164,7 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
         "mmas_per_k_step_of_a_warp": work.mmas_per_k_step_of_a_warp,
         "serial_instructions_of_a_warp": work.serial_instructions_of_a_warp,
         "epilogue_instructions": work.epilogue_instructions,
+        "stores_in_turn": work.stores_in_turn,
         "output_bytes": work.output_bytes,
         "expert_weight_bytes": expert_weight_bytes(scheme, shape.n, shape.k),
         "token_bytes": token_bytes(scheme, shape.k),

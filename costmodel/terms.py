@@ -96,7 +96,7 @@ class Terms:
         epilogue = (
             epilogue_issue
             + np.where(is_mma, output, 0.0)
-            + np.where(is_mma, 0.0, c.wgmma_drain_cycles)
+            + np.where(is_mma, 0.0, c.wgmma_drain_cycles + t.stores_in_turn * c.wgmma_store_cycles)
             + c.tile_overhead_cycles
         )
         total = norm(list(clocks.values()), np.where(is_mma, c.overlap_squarings, c.wgmma_overlap_squarings)) + epilogue

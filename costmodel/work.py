@@ -70,7 +70,8 @@ class TileWork:
 
     MMAs are counted in m16n8s: those multiplied, and (`tensor`) as many as take the time, where narrow tiles waste
     some. `exposed_k_steps` are the k-steps of an iteration whose results a warp waits for, and
-    `serial_instructions_of_a_warp` what it does while its own MMAs stand still.
+    `serial_instructions_of_a_warp` what it does while its own MMAs stand still. `stores_in_turn` are the bulk stores,
+    a token row each, that the lanes of one warp start one after another.
     """
 
     math: Math
@@ -86,6 +87,7 @@ class TileWork:
     mmas_per_k_step_of_a_warp: float
     serial_instructions_of_a_warp: float
     epilogue_instructions: float
+    stores_in_turn: int
     output_bytes: float
 
     @property
@@ -127,6 +129,7 @@ def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         mmas_per_k_step_of_a_warp=(rows / 16 / warps.m) * (tokens / 8 / warps.n),
         serial_instructions_of_a_warp=0.0,
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _EPILOGUE_INSTRUCTIONS,
+        stores_in_turn=0,
         output_bytes=2.0 * rows * tokens,
     )
 
@@ -163,6 +166,7 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         mmas_per_k_step_of_a_warp=(rows / 16 / warps) * (wide / 8),
         serial_instructions_of_a_warp=(decode + group_sums) / warps if in_turn else 0.0,
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _wgmma_epilogue_instructions(scheme),
+        stores_in_turn=min(tokens, THREADS_PER_WARP) * -(-tokens // (warps * THREADS_PER_WARP)),
         output_bytes=2.0 * rows * tokens,
     )
 
