@@ -25,7 +25,7 @@ DEFAULT_SCHEMES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0 when a sensitivity was written, 2 on a user's mistake, whose sentence goes to stderr."""
+    """The command line. Returns 0 when a sensitivity was written, 2 on a user's mistake, said on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         require_models("allocator.calibrate")

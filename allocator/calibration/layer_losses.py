@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -116,23 +116,17 @@ def _changes(
     for slot, expert in enumerate(experts):
         rows = group.rows(expert, most)
         exact = _Exact.of(group, expert, rows)
-        gradient = visit.gradient
         for scheme, stack in stacks.items():
-            yield (
-                expert + group.first_id,
-                scheme,
-                Change(
-                    delta=cache(lambda stack=stack, slot=slot, exact=exact: exact.delta(linear, stack, slot)),
-                    rows=rows,
-                    gradient=None if gradient is None else lambda rows=rows, g=gradient: g[rows.tokens].float(),
-                    num_tokens=visit.num_tokens,
-                    output_power=power,
-                    estimate=lambda scheme=scheme, slot=slot, exact=exact: exact.estimate(
-                        linear, quantized[scheme], stacks[scheme], slot, statistics
-                    ),
-                    ahead=ahead,
-                ),
+            change = Change(
+                delta=cache(partial(exact.delta, linear, stack, slot)),
+                rows=rows,
+                gradient=None if visit.gradient is None else visit.gradient[rows.tokens].float(),
+                num_tokens=visit.num_tokens,
+                output_power=power,
+                estimate=partial(exact.estimate, linear, quantized[scheme], stack, slot, statistics),
+                ahead=ahead,
             )
+            yield expert + group.first_id, scheme, change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

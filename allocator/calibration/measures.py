@@ -34,7 +34,7 @@ class Change:
 
     delta: Callable[[], Tensor]
     rows: Rows
-    gradient: Callable[[], Tensor] | None
+    gradient: Tensor | None
     num_tokens: int
     output_power: float
     estimate: Callable[[], float]
@@ -105,7 +105,7 @@ class Fisher:
     def loss(self, change: Change) -> float:
         """0.5 * sum of (gradient . delta)^2 / tokens: nats per token."""
         assert change.gradient is not None
-        along = (change.gradient().double() * change.delta().double()).sum(-1)
+        along = (change.gradient.double() * change.delta().double()).sum(-1)
         return 0.5 * float(along.square().sum()) * change.rows.multiplicity / change.num_tokens
 
 
