@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 from allocator.checks import Prepared, prepare
 from allocator.dual import Unreachable, independent, reach
 from allocator.launches import LaunchOracle
+from allocator.methods import solve_any
 from allocator.problem import Floats, Ints, Problem, Resource
-from allocator.segments import solve_any
 from allocator.solver import Effort, Outcome, relative_gap
 from profiles.errors import SpecError, UserError
 

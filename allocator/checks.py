@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -194,6 +194,7 @@ def prepare(
         ]
     if not resources:
         raise SpecError("no budget: give avg_bits, or latency_us with a finite max_latency_us")
+    resources = [_within_reach(resource) for resource in resources]
     problem = _shifted(_merge(np.where(mask, losses, 0.0), item, open_), open_, tuple(resources))
     total = _merge(np.where(mask, bits, 0.0) * (weight / weight.sum())[:, None], item, open_)
     launch = None if launches is None else _launch_of_items(integers(launches, "launches", shape[0]), item)
@@ -228,6 +229,15 @@ def _bits_resource(avg_bits: ArrayLike, amount: Floats, item: Ints, layer: Ints 
     if (of_item[item] != layer).any():
         raise SpecError("groups must not span layers when each layer has its own budget")
     return Resource(name="avg_bits", amount=amount, limit=np.broadcast_to(limit, (num_layers,)).copy(), segment=of_item)
+
+
+def _within_reach(resource: Resource) -> Resource:
+    """A limit beyond what all items together could use never binds: lowered to that, numbers stay in scale."""
+    most = resource.amount.max(axis=0)
+    if resource.segment is None:
+        return replace(resource, limit=np.minimum(resource.limit, most.sum()))
+    reach = np.bincount(resource.segment, weights=most, minlength=resource.limit.size)
+    return replace(resource, limit=np.minimum(resource.limit, reach))
 
 
 def _scenario_names(scenarios: Sequence[str] | None, count: int) -> Sequence[str]:

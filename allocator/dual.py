@@ -77,7 +77,7 @@ class Unreachable:
     prices: Floats
 
 
-class _Ascent:
+class Ascent:
     """Cutting planes for h over prices (scaled by span), with or without the cost in it."""
 
     def __init__(
@@ -94,6 +94,7 @@ class _Ascent:
         self.unit = 1.0
 
     def add(self, assignment: Ints) -> bool:
+        """Add an assignment's piece; False when it is there already."""
         key = assignment.astype(np.int8).tobytes()
         if key in self.seen:
             self.latest = self.seen[key]
@@ -165,7 +166,7 @@ def reach(problem: Problem, oracle: Oracle, units: Floats | None = None) -> Unre
     [M], by default each limit's span.
     """
     dims = problem.num_limits
-    ascent = _Ascent(
+    ascent = Ascent(
         problem, oracle, cost_weight=0.0, on_simplex=True, units=problem.spans() if units is None else units
     )
     for corner in [np.full(dims, 1.0 / dims), *(np.eye(dims) if dims > 1 else [])]:
@@ -181,7 +182,7 @@ def reach(problem: Problem, oracle: Oracle, units: Floats | None = None) -> Unre
 
 def maximise(problem: Problem, oracle: Oracle, seeds: list[Ints]) -> Dual:
     """The dual's maximum. seeds: assignments of which some mixture meets every limit (from reach)."""
-    ascent = _Ascent(problem, oracle, cost_weight=1.0, on_simplex=False, units=problem.spans())
+    ascent = Ascent(problem, oracle, cost_weight=1.0, on_simplex=False, units=problem.spans())
     for seed in seeds:
         ascent.add(seed)
     ascent.visit(np.zeros(problem.num_limits))
@@ -201,7 +202,7 @@ def maximise(problem: Problem, oracle: Oracle, seeds: list[Ints]) -> Dual:
     return Dual(bound=ascent.best, prices=ascent.prices / ascent.spans, mixture=mixture, cuts=tuple(ascent.cuts))
 
 
-def _bracket(ascent: _Ascent) -> Floats:
+def _bracket(ascent: Ascent) -> Floats:
     """One limit: keep the best piece on either side of the limit and visit where they cross, until nothing new appears
     there.
     """

@@ -63,7 +63,7 @@ def repair(problem: Problem, assignment: Ints, prices: Floats) -> Ints | None:
         over = problem.used(assignment) - limits
         if (over <= tolerance).all():
             return assignment
-        pressure = np.where(over > tolerance, over, 0.0) / spans**2
+        pressure = np.where(over > tolerance, over, 0.0) / spans / spans
         charge = problem.charge(pressure)
         relief = charge[assignment, items_all] - charge
         priced = problem.priced(prices)

@@ -92,8 +92,8 @@ class Problem:
                 if resource.segment is None
                 else np.bincount(resource.segment, weights=most, minlength=resource.limit.size)
             )
-        most_used: Floats = np.maximum(np.concatenate(spans), np.finfo(np.float64).tiny)
-        return most_used
+        most_used = np.concatenate(spans)
+        return np.where(most_used > 0, most_used, 1.0)
 
     def tolerance(self) -> Floats:
         """float64 [M]: how far a sum may pass a limit through rounding alone."""

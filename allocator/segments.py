@@ -65,11 +65,3 @@ def _part_oracle(oracle: LaunchOracle, items: Ints) -> LaunchOracle:
         most_schemes=oracle.most_schemes,
         num_schemes=oracle.num_schemes,
     )
-
-
-def solve_any(problem: Problem, oracle: LaunchOracle | None, effort: Effort) -> Outcome:
-    """The problem by the method that suits its limits."""
-    segment = separable(problem, oracle)
-    if segment is not None:
-        return solve_segments(problem, segment, oracle, effort)
-    return solve(problem, effort) if oracle is None else solve_launches(problem, oracle, effort)

@@ -45,7 +45,8 @@ class Outcome:
     dual: Dual | None
 
 
-def _nothing() -> Outcome:
+def nothing() -> Outcome:
+    """Proven infeasible."""
     return Outcome(found=Found(assignment=None, cost=np.inf, bound=np.inf, complete=True), dual=None)
 
 
@@ -61,19 +62,20 @@ def solve(problem: Problem, effort: Effort) -> Outcome:
     """Every item for itself under the problem's limits."""
     seeds = reach(problem, independent)
     if isinstance(seeds, Unreachable):
-        return _nothing()
+        return nothing()
     dual = maximise(problem, independent, seeds)
     incumbent = first_solution(problem, dual)
     cost = np.inf if incumbent is None else problem.cost_of(incumbent)
     found = Found(assignment=incumbent, cost=cost, bound=min(problem.lift(dual.bound), cost), complete=False)
     found = _deepen(problem, dual, found, effort.narrow, effort)
-    found = _finish(problem, dual, found, effort.milp_seconds / 4, effort)
+    found = close(problem, dual, found, effort.milp_seconds / 4, effort)
     found = _deepen(problem, dual, found, effort.wide, effort)
-    found = _finish(problem, dual, found, effort.milp_seconds, effort)
+    found = close(problem, dual, found, effort.milp_seconds, effort)
     return Outcome(found=found, dual=dual)
 
 
-def _finish(problem: Problem, dual: Dual, found: Found, seconds: float, effort: Effort) -> Found:
+def close(problem: Problem, dual: Dual, found: Found, seconds: float, effort: Effort) -> Found:
+    """HiGHS, on instances that are small enough and still open."""
     if found.complete or found.cost <= found.bound or problem.num_items > effort.small_items:
         return found
     return finish(problem, dual, found, most_variables=effort.milp_variables, seconds=seconds)
@@ -118,7 +120,7 @@ def solve_launches(problem: Problem, oracle: LaunchOracle, effort: Effort) -> Ou
         return free
     seeds = reach(problem, oracle)
     if isinstance(seeds, Unreachable):
-        return _nothing()
+        return nothing()
     dual = maximise(problem, oracle, seeds)
     best = Found(assignment=None, cost=np.inf, bound=max(dual.bound, free.found.bound), complete=False)
     quick = replace(effort, milp_seconds=effort.milp_seconds / _MOST_RESETTLED / 2)

@@ -55,3 +55,12 @@ def test_equal_losses_everywhere_and_zero() -> None:
         assert solution.loss == value * 100
         assert solution.bound == solution.loss
         assert solution.avg_bits <= 1.5
+
+
+def test_limits_far_beyond_use_and_uses_of_nothing() -> None:
+    loss = np.array([[3.0, 1.0], [2.0, 0.5]])
+    latency = np.zeros((2, 2, 3))
+    latency[:, 1, 1] = 1e-200
+    solution = solve_arrays(loss, [2.0, 4.0], avg_bits=1e12, latency_us=latency, max_latency_us=[0.0, 1e12, 5.0])
+    assert solution.assignment.tolist() == [1, 1]
+    assert solution.bound == solution.loss == 1.5

@@ -90,6 +90,44 @@ def test_budgets_per_layer_beside_a_latency_limit_of_all() -> None:
     assert solution.gap <= 1e-4
 
 
+def test_budgets_per_layer_beside_latency_limits_at_a_model_s_size() -> None:
+    loss, bits, sizes, latency = realistic(layers=24, experts=64, seed=0)
+    layers = np.repeat(np.arange(24), 64 * 3)
+    limits = solve_arrays(loss, bits, avg_bits=4.25, sizes=sizes, latency_us=latency).latency_us * 0.9
+    arguments: dict[str, Any] = {"avg_bits": 4.25, "sizes": sizes, "latency_us": latency, "max_latency_us": limits}
+    solution = solve_arrays(loss, bits, layers=layers, **arguments)
+    assert (solution.latency_us <= limits * (1 + 1e-12)).all()
+    assert max(bits[solution.assignment[layers == layer]].mean() for layer in range(24)) <= 4.25 * (1 + 1e-12)
+    assert solve_arrays(loss, bits, **arguments).bound <= solution.bound * (1 + 1e-9)
+    assert 0 <= solution.gap <= 1e-3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_budgets_per_layer_and_latency_equal_trying_all(seed: int) -> None:
+    """Six layers of one block each: the many-limits path, on something that can be tried out."""
+    rng = np.random.default_rng(seed)
+    loss, bits, latency = rng.random((6, 3)), rng.random((6, 3)) * 4 + 1, rng.random((6, 3, 1))
+    limits = bits.min(axis=1) + rng.random(6) * (bits.max(axis=1) - bits.min(axis=1))
+    best, most = np.inf, float(latency.mean(axis=1).sum())
+    for choice in itertools.product(range(3), repeat=6):
+        x = (np.arange(6), np.array(choice))
+        if (bits[x] <= limits).all() and latency[x].sum() <= most:
+            best = min(best, float(loss[x].sum()))
+    arguments: dict[str, Any] = {
+        "avg_bits": limits,
+        "layers": np.arange(6),
+        "latency_us": latency,
+        "max_latency_us": [most],
+    }
+    if np.isinf(best):
+        with pytest.raises(InfeasibleError):
+            solve_arrays(loss, bits, **arguments)
+        return
+    solution = solve_arrays(loss, bits, **arguments)
+    assert solution.loss == pytest.approx(best)
+    assert solution.bound <= best + 1e-9
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_at_most_k_schemes_a_launch_equals_trying_all(seed: int) -> None:
     rng = np.random.default_rng(seed)
