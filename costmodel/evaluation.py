@@ -1,0 +1,317 @@
+"""How wrong a latency model is on launches of groups that it has never seen.
+
+For each kind of group (shape, model, load, ...) the groups are held out in turn, a fold of them at a time; every row is
+predicted once, by a model that saw no row of its group. From these predictions come the errors, the intervals'
+coverage, and the regret: how much slower than the best measured configuration the one is that the model picks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from sklearn.model_selection import GroupKFold
+
+from costmodel import features
+from costmodel.baselines import AnalyticCore, Dummy, RawBoosting, Roofline, SlopeTimesTiles
+from costmodel.model import LatencyModel
+from profiles.errors import DataError
+from profiles.records import Source, Status
+
+Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.object_]
+Mask = npt.NDArray[np.bool_]
+MODEL = "LatencyModel"
+TOP = 4
+"""Configurations that are measured when the model's first choice is not trusted."""
+
+
+class HeldOut(Enum):
+    """A kind of group."""
+
+    SHAPE = "shape"
+    MODEL = "model"
+    LOAD = "load"
+    TILE = "tile"
+    SCHEME = "scheme"
+    MIX = "mix"
+    SCHEME_MIX = "scheme mix"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Of one estimator on one kind of held-out group, over `num_rows` rows in `num_groups` groups.
+
+    Errors and regrets are fractions (0.03 is 3%). `coverage_90` and `interval_width` (upper over lower, less 1, median)
+    are None without intervals; regrets are None where no launch has two configurations. `regret_top4_mean` is what is
+    left after measuring the best four.
+    """
+
+    num_rows: int
+    num_groups: int
+    num_launches: int
+    mean_ape: float
+    median_ape: float
+    coverage_90: float | None
+    interval_width: float | None
+    regret_mean: float | None
+    regret_p99: float | None
+    regret_top4_mean: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseFloor:
+    """What no model can beat. `within_run`: half of p80 - p20 over the median, mean over rows. `between_runs_*`: absolute
+    relative difference of the same launch measured again, and what the best configuration of one run loses in the
+    other; None without repeats.
+    """
+
+    within_run: float | None
+    num_repeats: int
+    between_runs_mean: float | None
+    between_runs_median: float | None
+    between_runs_regret_mean: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutResult:
+    """One kind of group: each row's label (None: not tested), each estimator's predictions [R] in microseconds (NaN where
+    not tested), LatencyModel's interval [R, 2], and the metrics.
+    """
+
+    labels: Labels
+    predictions: Mapping[str, Array]
+    interval_us: Array
+    metrics: Mapping[str, Metrics]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """`skipped` says why a kind of group could not be held out."""
+
+    gpu: str
+    profile: pd.DataFrame
+    latency_us: Array
+    features: pd.DataFrame
+    results: Mapping[HeldOut, HeldOutResult]
+    skipped: Mapping[HeldOut, str]
+    noise: NoiseFloor
+
+
+def estimators() -> dict[str, Callable[[], Any]]:
+    """LatencyModel and its baselines, by name."""
+    return {
+        MODEL: lambda: LatencyModel(coverage=0.9),
+        "analytic core": AnalyticCore,
+        "gradient boosting, raw": RawBoosting,
+        "slope x tiles (MxMoE)": SlopeTimesTiles,
+        "roofline": Roofline,
+        "dummy": Dummy,
+    }
+
+
+def usable(profile: pd.DataFrame) -> pd.DataFrame:
+    """The finished measurements of a profile; predictions if it has nothing else. DataError if nothing is left."""
+    done = profile[(profile["status"] == Status.OK.value) & profile["latency_us"].notna()]
+    measured = done[done["source"] == Source.MEASURED.value]
+    rows = measured if len(measured) else done
+    if rows.empty:
+        raise DataError("the profile has no finished row to learn from")
+    if rows["gpu"].nunique() > 1:
+        raise DataError(f"the profile's rows are of several GPUs ({', '.join(sorted(rows['gpu'].unique()))}); pass one")
+    return rows.reset_index(drop=True)
+
+
+def evaluate(
+    profile: pd.DataFrame,
+    *,
+    kinds: Sequence[HeldOut] = tuple(HeldOut),
+    make: Mapping[str, Callable[[], Any]] | None = None,
+    repeats: pd.DataFrame | None = None,
+    num_folds: int = 5,
+    told: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
+    """Grouped cross-validation over a profile's finished rows. `told` hears what is being held out.
+
+    Raises:
+        DataError: too few rows or groups for any kind.
+    """
+    rows = usable(profile)
+    X, y = features.of_profile(rows), rows["latency_us"].to_numpy(dtype=np.float64)
+    launches = launch_ids(rows)
+    results, skipped = {}, {}
+    for kind in kinds:
+        labels = group_labels(rows, kind)
+        groups = pd.unique(labels[_tested(labels)])
+        if len(groups) < 2:
+            skipped[kind] = f"{len(groups)} groups: at least 2 are needed"
+            continue
+        told(f"{kind.value}: {len(groups)} groups, {int(_tested(labels).sum())} rows")
+        results[kind] = _hold_out(kind, rows, X, y, labels, launches, make or estimators(), num_folds)
+    if not results:
+        raise DataError("no kind of group can be held out: " + "; ".join(f"{k.value}: {v}" for k, v in skipped.items()))
+    return Evaluation(
+        gpu=str(rows["gpu"].iloc[0]),
+        profile=rows,
+        latency_us=y,
+        features=X,
+        results=results,
+        skipped=skipped,
+        noise=noise_floor(rows, repeats),
+    )
+
+
+def group_labels(rows: pd.DataFrame, kind: HeldOut) -> Labels:
+    """Each row's group of a kind; None where a row has none (a uniform launch has no mix) and is learned from only."""
+    mixed = rows["schemes"].map(lambda names: len(set(names)) > 1)
+    if kind is HeldOut.SHAPE:
+        labels = (
+            rows["n"].astype(str) + "x" + rows["k"].astype(str) + ", " + rows["num_experts"].astype(str) + " experts"
+        )
+    elif kind is HeldOut.MODEL:
+        labels = rows["model"].map(lambda name: re.sub(r"-(ep|tp)\d+", "", name))
+    elif kind is HeldOut.LOAD:
+        labels = rows["load_source"].map(lambda source: re.sub(r", top \d+, seed \d+", "", source))
+    elif kind is HeldOut.TILE:
+        labels = rows["config"].map(lambda name: "_".join(name.split("_")[:2]))
+    elif kind is HeldOut.SCHEME:
+        labels = rows["schemes"].map(lambda names: names[0]).mask(mixed, None)
+    elif kind is HeldOut.MIX:
+        labels = rows["schemes"].map(lambda names: " ".join(names)).where(mixed, None)
+    else:
+        labels = rows["schemes"].map(lambda names: " + ".join(sorted(set(names)))).where(mixed, None)
+    return np.asarray([None if pd.isna(label) else str(label) for label in labels], dtype=object)
+
+
+def launch_ids(rows: pd.DataFrame) -> npt.NDArray[np.int64]:
+    """A number per launch: rows with the same one differ in configuration only."""
+    columns = zip(
+        *(rows[name] for name in ("gpu", "linear", "n", "k")),
+        rows["schemes"].map(tuple),
+        rows["tokens_per_expert"].map(lambda tokens: np.asarray(tokens, dtype=np.int32).tobytes()),
+        strict=True,
+    )
+    known: dict[tuple[Any, ...], int] = {}
+    return np.asarray([known.setdefault(key, len(known)) for key in columns], dtype=np.int64)
+
+
+def _tested(labels: Labels) -> Mask:
+    return np.asarray([label is not None for label in labels], dtype=np.bool_)
+
+
+def _hold_out(
+    kind: HeldOut,
+    rows: pd.DataFrame,
+    X: pd.DataFrame,
+    y: Array,
+    labels: Labels,
+    launches: npt.NDArray[np.int64],
+    make: Mapping[str, Callable[[], Any]],
+    num_folds: int,
+) -> HeldOutResult:
+    tested = np.flatnonzero(_tested(labels))
+    groups = labels[tested].astype(str)
+    shapes = group_labels(rows, HeldOut.SHAPE)
+    # Rows without a group of this kind are calibrated on by shape.
+    calibration = np.where(_tested(labels), labels, shapes).astype(str)
+    predictions = {name: np.full(len(y), np.nan) for name in make}
+    interval = np.full((len(y), 2), np.nan)
+    for _, part in GroupKFold(min(num_folds, len(np.unique(groups)))).split(tested, groups=groups):
+        held_out = tested[part]
+        seen = ~_leaks(kind, rows, labels, held_out)
+        for name, factory in make.items():
+            known = calibration[seen] if len(np.unique(calibration[seen])) > 1 else shapes[seen].astype(str)
+            estimator = factory().fit(X[seen], y[seen], groups=known)
+            if isinstance(estimator, LatencyModel):
+                predicted, lower, upper = estimator.predict(X.iloc[held_out], return_interval=True)
+                predictions[name][held_out] = predicted
+                interval[held_out] = np.stack([lower, upper], axis=1)
+            else:
+                predictions[name][held_out] = estimator.predict(X.iloc[held_out])
+    metrics = {
+        name: measure(y[tested], predicted[tested], launches[tested], len(np.unique(groups)),
+                      interval[tested] if name == MODEL else None)
+        for name, predicted in predictions.items()
+    }  # fmt: skip
+    return HeldOutResult(labels=labels, predictions=predictions, interval_us=interval, metrics=metrics)
+
+
+def _leaks(kind: HeldOut, rows: pd.DataFrame, labels: Labels, held_out: npt.NDArray[np.intp]) -> Mask:
+    """Rows that may not be learned from: the groups held out, and mixes that contain a scheme held out."""
+    unseen = set(labels[held_out])
+    leaks = np.isin(labels.astype(str), list(unseen)) & _tested(labels)
+    if kind is HeldOut.SCHEME:
+        leaks |= rows["schemes"].map(lambda names: not unseen.isdisjoint(names)).to_numpy()
+    return np.asarray(leaks, dtype=np.bool_)
+
+
+def measure(
+    y: Array, predicted: Array, launches: npt.NDArray[np.int64], num_groups: int, interval: Array | None
+) -> Metrics:
+    """Metrics of predictions [R] against measurements [R]; `launches` as `launch_ids`, `interval` [R, 2] or None."""
+    error = np.abs(predicted / y - 1.0)
+    first, best_of_top = regrets(y, predicted, launches)
+    covered = None if interval is None else float(((interval[:, 0] <= y) & (y <= interval[:, 1])).mean())
+    width = None if interval is None else float(np.median(interval[:, 1] / interval[:, 0] - 1.0))
+    return Metrics(
+        num_rows=len(y),
+        num_groups=num_groups,
+        num_launches=len(np.unique(launches)),
+        mean_ape=float(error.mean()),
+        median_ape=float(np.median(error)),
+        coverage_90=covered,
+        interval_width=width,
+        regret_mean=float(first.mean()) if len(first) else None,
+        regret_p99=float(np.quantile(first, 0.99)) if len(first) else None,
+        regret_top4_mean=float(best_of_top.mean()) if len(first) else None,
+    )
+
+
+def regrets(y: Array, predicted: Array, launches: npt.NDArray[np.int64], top: int = TOP) -> tuple[Array, Array]:
+    """For each launch with two or more configurations: measured time of the predicted best over the measured best, less
+    1, and the same for the best measured among the predicted `top`. Ties are drawn by lot.
+    """
+    lot = np.random.default_rng(0).random(len(y))
+    order = np.lexsort((lot, predicted, launches))
+    starts = np.flatnonzero(np.r_[True, np.diff(launches[order]) != 0])
+    stops = np.r_[starts[1:], len(order)]
+    first, best_of_top = [], []
+    for start, stop in zip(starts, stops, strict=True):
+        if stop - start >= 2:
+            measured = y[order[start:stop]]
+            first.append(measured[0] / measured.min() - 1.0)
+            best_of_top.append(measured[:top].min() / measured.min() - 1.0)
+    return np.asarray(first, dtype=np.float64), np.asarray(best_of_top, dtype=np.float64)
+
+
+def noise_floor(rows: pd.DataFrame, repeats: pd.DataFrame | None) -> NoiseFloor:
+    """From the quantiles of the rows, and from rows of `repeats` that ran the same launch and configuration again."""
+    spread = ((rows["p80_us"] - rows["p20_us"]) / (2.0 * rows["latency_us"])).astype(float).dropna()
+    pairs = pd.DataFrame() if repeats is None else _pairs(rows, usable(repeats))
+    if pairs.empty:
+        difference = regret = np.empty(0)
+    else:
+        once, again = pairs["latency_us"].to_numpy(), pairs["latency_us_again"].to_numpy()
+        difference = np.abs(again / once - 1.0)
+        regret = regrets(once, again, pairs["launch"].to_numpy())[0]
+    return NoiseFloor(
+        within_run=float(spread.mean()) if len(spread) else None,
+        num_repeats=len(pairs),
+        between_runs_mean=float(difference.mean()) if len(difference) else None,
+        between_runs_median=float(np.median(difference)) if len(difference) else None,
+        between_runs_regret_mean=float(regret.mean()) if len(regret) else None,
+    )
+
+
+def _pairs(rows: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+    """Each measurement beside its repetition: columns latency_us, latency_us_again, launch, config."""
+    both = pd.concat([rows, again], ignore_index=True)
+    both = both.assign(launch=launch_ids(both))[["launch", "config", "latency_us"]]
+    once, second = both.iloc[: len(rows)], both.iloc[len(rows) :]
+    return once.merge(second, on=["launch", "config"], suffixes=("", "_again"))
