@@ -28,3 +28,9 @@ def qwen(checkpoints: dict[str, Path]) -> StreamedModel:
 def tokens() -> torch.Tensor:
     """[8, 32] token ids."""
     return torch.from_numpy(tiny.token_ids(256)).view(8, 32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)

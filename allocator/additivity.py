@@ -1,0 +1,141 @@
+"""`python -m allocator.additivity`: whether a sensitivity's sum orders whole allocations as measured loss does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from allocator.extras import require_models
+from allocator.sensitivity import Sensitivity
+from allocator.trace import add_data_options
+from profiles.atomic import replacing
+from profiles.errors import DataError, SpecError, UserError
+
+if TYPE_CHECKING:
+    from allocator.calibration.additivity import Additivity
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0 when a report was written, 2 on a user's mistake, whose sentence goes to stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        require_models("allocator.additivity")
+        found = _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.report()) if arguments.json else report(found, arguments.out))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> Additivity:
+    # Imported here, where what they need is known to be installed.
+    from allocator.calibration.additivity import Blocks
+    from allocator.calibration.check import CheckOptions, check_additivity, corrected
+    from allocator.calibration.data import read_sequences
+    from allocator.calibration.model import StreamedModel
+    from allocator.calibration.quantizer import Method, Quantizer
+
+    for option, path in (("--out", arguments.out), ("--corrected", arguments.corrected)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SpecError(f"{option} {path}: its folder does not exist")
+    low, high = _range(arguments.bits)
+    options = CheckOptions(
+        low=low,
+        high=high,
+        number=arguments.allocations,
+        equal=tuple(arguments.equal_bits),
+        number_equal=arguments.equal_allocations,
+        seed=arguments.seed,
+    )
+    sensitivity = Sensitivity.read(arguments.sensitivity)
+    model = StreamedModel(arguments.model, device=arguments.device)
+    held_out, calibration = (
+        read_sequences(
+            file,
+            model.checkpoint.folder,
+            vocab_size=model.vocab_size,
+            length=arguments.sequence_length,
+            number=arguments.num_sequences,
+            seed=arguments.seed,
+        )
+        for file in (arguments.held_out, arguments.data)
+    )
+    quantizer = Quantizer(method=Method(arguments.method), clip=not arguments.no_clip, rotate=arguments.rotate)
+    found = check_additivity(
+        model,
+        held_out,
+        calibration,
+        sensitivity,
+        quantizer,
+        options,
+        batch_size=arguments.batch_size,
+        progress=None if arguments.quiet else lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if arguments.corrected is not None:
+        corrected(sensitivity, found, Blocks.of(sensitivity, model.shape)).write(arguments.corrected)
+    try:
+        with replacing(arguments.out) as temporary:
+            temporary.write_text(json.dumps(found.report()) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{arguments.out}: cannot be written ({error.strerror or error})") from error
+    return found
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, dash, high = text.partition("-")
+    try:
+        return (float(low), float(high)) if dash else _no_range(text)
+    except ValueError:
+        return _no_range(text)
+
+
+def _no_range(text: str) -> tuple[float, float]:
+    raise SpecError(f"--bits {text}: it is LOW-HIGH, such as 2.5-4.5")
+
+
+def report(found: Additivity, out: Path) -> str:
+    """What the command prints: rank correlations of each prediction, by group."""
+    names = list(found.groups)
+    lines = [f"{'Spearman with measured KL':28}" + "".join(f"{name:>18}" for name in names)]
+    for correction in found.predicted:
+        values = found.correlations(correction)
+        mark = "  <- chosen" if correction is found.chosen else ""
+        lines.append(f"{correction.value:28}" + "".join(f"{values[name]:18.4f}" for name in names) + mark)
+    lines += [
+        "",
+        f"perplexity {found.exact_perplexity:.4f}, of these allocations {found.perplexity.min():.4f} to"
+        f" {found.perplexity.max():.4f}; KL {found.measured_kl.min():.4g} to {found.measured_kl.max():.4g} nats a token",
+        f"wrote {out}",
+    ]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m allocator.additivity",
+        description="Measure random allocations and compare with what a sensitivity predicts for them.",
+    )
+    add_data_options(parser)
+    parser.add_argument("--held-out", required=True, type=Path, metavar="FILE", help="data to measure on")
+    parser.add_argument("--sensitivity", required=True, type=Path, metavar="FILE", help="losses, Parquet")
+    parser.add_argument("--bits", required=True, metavar="LOW-HIGH", help="range of average bits, such as 2.5-4.5")
+    parser.add_argument("--allocations", type=int, default=100, metavar="N", help="of the range (default: %(default)s)")
+    parser.add_argument(
+        "--equal-bits", type=float, action="append", default=[], metavar="BITS", help="allocations of one size too"
+    )
+    parser.add_argument("--equal-allocations", type=int, default=40, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--method", choices=("rtn", "gptq"), default="gptq", help="rounding (default: %(default)s)")
+    parser.add_argument("--no-clip", action="store_true", help="no search for narrower ranges")
+    parser.add_argument("--rotate", action="store_true", help="rotate inputs whose activations are quantised")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the report, JSON")
+    parser.add_argument("--corrected", type=Path, metavar="FILE", help="the sensitivity with the correction, Parquet")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
