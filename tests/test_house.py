@@ -22,6 +22,8 @@ MAY_LOAD_TORCH = (
     "kernel_gen.runtime",
     "kernel_gen.timing",
     "kernel_gen.measure",
+    "kernel_gen.library",
+    "kernel_gen.moe",
     "allocator.calibration",
 )
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
