@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.tiny_moe.checkpoint import read_report, write_checkpoint
-from bench.tiny_moe.corpus import END_OF_TEXT, Split, encode, read_corpus, train_tokenizer
+from bench.tiny_moe.corpus import Split, encode, end_of_text, read_corpus, train_tokenizer
 from bench.tiny_moe.model import make_model
 from bench.tiny_moe.presets import PRESETS, Preset
 from bench.tiny_moe.report import expert_loads, perplexities, summary, windows
@@ -55,17 +55,17 @@ def train_model(
         raise DataError(f"the texts for {', '.join(short)} are shorter than one sequence of {length} tokens")
     bytes_per_token = {split: corpus.num_bytes(split) / len(tokens) for split, tokens in ids.items()}
     console.print(
-        f"{corpus.num_bytes(Split.TRAIN) / 1e6:.1f} MB of sources to train on, {bytes_per_token[Split.TRAIN]:.2f} bytes a"
-        f" token, {corpus.num_bytes(Split.HELD_OUT) / 1e6:.1f} MB held out; on {place}"
+        f"{corpus.num_bytes(Split.TRAIN) / 1e6:.1f} MB of sources to train on, {bytes_per_token[Split.TRAIN]:.2f} bytes"
+        f" a token, {corpus.num_bytes(Split.HELD_OUT) / 1e6:.1f} MB held out; on {place}"
     )
-    model = make_model(preset, tokenizer.token_to_id(END_OF_TEXT), seed)
+    model = make_model(preset, end_of_text(tokenizer), seed)
     # Float32 masters are the trainer's, so that a GPU's forward and backward passes are bf16 throughout.
     model.to(place, torch.float32 if place.type == "cpu" else torch.bfloat16)
     state = out.with_name(f"{out.name}.training.pt")
     out.parent.mkdir(parents=True, exist_ok=True)
     validation = windows(ids[Split.VALIDATION], length, preset.num_eval_tokens // 4)
     trainer = Trainer(model, preset, ids[Split.TRAIN], validation, seed, state)
-    _run(trainer, preset, console)
+    _run(trainer, console)
     progress = trainer.progress
     held_out = windows(ids[Split.HELD_OUT], length, preset.num_eval_tokens)
     model.to(torch.bfloat16).to(torch.float32 if place.type == "cpu" else torch.bfloat16)  # what is saved is measured
@@ -108,7 +108,7 @@ def _device(name: str | None) -> torch.device:
     return place
 
 
-def _run(trainer: Trainer, preset: Preset, console: Console) -> None:
+def _run(trainer: Trainer, console: Console) -> None:
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
     detail = TextColumn("step {task.fields[step]}, loss {task.fields[loss]:.3f}, validation {task.fields[best]:.3f}")
     with Progress(*columns, detail, console=console) as bar:
@@ -117,7 +117,7 @@ def _run(trainer: Trainer, preset: Preset, console: Console) -> None:
         def show(progress: TrainingProgress) -> None:
             bar.update(
                 task,
-                completed=progress.share(preset),
+                completed=progress.share,
                 step=progress.step,
                 loss=progress.last_loss,
                 best=progress.best_loss,

@@ -1,4 +1,4 @@
-"""The checkpoint folder: a Hugging Face model in bf16 with its tokenizer, texts to calibrate and measure on, a report."""
+"""The checkpoint folder: a Hugging Face model in bf16 with its tokenizer, texts to calibrate and measure, a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def write_checkpoint(
     try:
         temporary.mkdir(parents=True)
         model.to(torch.bfloat16).save_pretrained(temporary)
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        )
         fast.save_pretrained(temporary)
         train = corpus.texts[Split.TRAIN]
         step = max(1, corpus.num_bytes(Split.TRAIN) // CALIBRATION_BYTES)

@@ -51,7 +51,7 @@ def split_of(name: str) -> Split:
 
 
 def read_corpus(folder: Path | None = None, *, max_bytes: int | None = None) -> Corpus:
-    """The `.py` files under `folder` (default: this Python's standard library) that are UTF-8, third-party ones left out.
+    """The `.py` files under `folder` (default: this Python's standard library) that are UTF-8, without third parties'.
 
     `max_bytes` ends each split at the file that reaches it.
 
@@ -81,7 +81,7 @@ def read_corpus(folder: Path | None = None, *, max_bytes: int | None = None) -> 
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer: any text is tokenised without loss. SpecError for fewer tokens than there are bytes."""
+    """A byte-level BPE tokenizer: no text is lost. SpecError for fewer tokens than there are bytes."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
         raise SpecError(f"a vocabulary of {vocab_size} has no room for the {len(alphabet)} bytes and the end of a text")
@@ -97,9 +97,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Ids:
     """Token ids of all texts in a row, each ended by END_OF_TEXT."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text(tokenizer)
     rows = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return np.array([token for row in rows for token in (*row.ids, end)], dtype=np.uint16)
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of END_OF_TEXT."""
+    return int(tokenizer.get_vocab()[END_OF_TEXT])
 
 
 def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterable[str]:

@@ -43,7 +43,8 @@ def make_model(preset: Preset, end_of_text: int, seed: int) -> Qwen2MoeForCausal
         tie_word_embeddings=False,
         eos_token_id=end_of_text,
         use_cache=False,
-        initializer_range=0.7 * preset.hidden_size**-0.5,  # transformers' 0.02 is a wide model's: this one then learns far slower
+        initializer_range=0.7
+        * preset.hidden_size**-0.5,  # transformers' 0.02 is a wide model's: this one then learns far slower
     )
     torch.manual_seed(seed)
     model = Qwen2MoeForCausalLM(config)
@@ -80,8 +81,9 @@ class RouterTap:
         return torch.stack([torch.bincount(chosen.flatten(), minlength=NUM_EXPERTS) for chosen in self.choices])
 
     def balance_loss(self, targets: Tensor) -> Tensor:
-        """Mean over the layers of sum(f P / t): 1 where the shares f of the rows and P of the probability are the targets
-        t [layers, experts]. With equal targets it is the Switch Transformer's loss (arXiv 2101.03961, equations 4 to 6).
+        """Mean over the layers of sum(f P / t): 1 where the shares f of the rows and P of the probability are the
+        targets t [layers, experts]. With equal targets it is the Switch Transformer's loss (arXiv 2101.03961, equations
+        4 to 6).
         """
         losses = []
         for logits, chosen, target in zip(self.logits, self.choices, targets, strict=True):

@@ -19,7 +19,8 @@ class Preset:
         vocab_size: tokens, the 256 bytes included.
         sequence_length: tokens a sequence.
         batch_size: sequences a step.
-        num_steps, max_minutes: training ends at whichever comes first.
+        num_steps, max_passes, max_minutes: training ends at whichever comes first; a pass is as many tokens as the
+            text has.
         learning_rate: its peak.
         num_eval_tokens: about as many tokens of a split are measured.
         max_corpus_bytes: most text of a split; None: all there is.
@@ -34,10 +35,16 @@ class Preset:
     sequence_length: int
     batch_size: int
     num_steps: int
+    max_passes: float
     max_minutes: float
     learning_rate: float
     num_eval_tokens: int
     max_corpus_bytes: int | None = None
+
+    def steps_on(self, num_tokens: int) -> int:
+        """Most steps on a text of so many tokens; past some passes over it, a model of this size learns it by heart."""
+        passes = self.max_passes * num_tokens / (self.batch_size * self.sequence_length)
+        return max(1, min(self.num_steps, round(passes)))
 
 
 PRESETS = {
@@ -51,6 +58,7 @@ PRESETS = {
         sequence_length=64,
         batch_size=8,
         num_steps=800,
+        max_passes=10,
         max_minutes=1.4,
         learning_rate=5e-3,
         num_eval_tokens=1 << 14,
@@ -65,7 +73,8 @@ PRESETS = {
         vocab_size=1024,
         sequence_length=256,
         batch_size=64,
-        num_steps=1500,
+        num_steps=3000,
+        max_passes=10,
         max_minutes=10,
         learning_rate=3e-3,
         num_eval_tokens=1 << 17,
@@ -78,8 +87,9 @@ PRESETS = {
         num_heads=4,
         vocab_size=2048,
         sequence_length=512,
-        batch_size=128,
-        num_steps=2500,
+        batch_size=64,
+        num_steps=4000,
+        max_passes=12,
         max_minutes=8,
         learning_rate=3e-3,
         num_eval_tokens=1 << 18,

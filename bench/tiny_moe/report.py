@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def token_losses(model: nn.Module, sequences: Tensor, batch_size: int) -> Tensor
     device = next(model.parameters()).device
     losses = []
     with torch.no_grad():
-        for batch in sequences.split(batch_size):
+        for batch in torch.split(sequences, batch_size):
             batch = batch.to(device)
             logits = model(batch[:, :-1]).logits.float()
             losses.append(functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").cpu())
@@ -33,7 +34,7 @@ def token_losses(model: nn.Module, sequences: Tensor, batch_size: int) -> Tensor
 
 
 def perplexities(model: nn.Module, train: Ids, held_out: Tensor, vocab_size: int, batch_size: int) -> dict[str, float]:
-    """Perplexity per token on held-out sequences: the model's, that of its experts chosen at random, of token counts."""
+    """Perplexity per token on held-out sequences: the model's, with experts chosen at random, of token counts."""
     found = {"model": float(token_losses(model, held_out, batch_size).mean())}
     with uniform_routing(model, seed=0):
         found["uniform_routing"] = float(token_losses(model, held_out, batch_size).mean())
@@ -48,7 +49,7 @@ def expert_loads(model: nn.Module, tap: RouterTap, sequences: Tensor, batch_size
     device = next(model.parameters()).device
     total: Tensor | None = None
     with torch.no_grad():
-        for batch in sequences.split(batch_size):
+        for batch in torch.split(sequences, batch_size):
             model(batch[:, :-1].to(device))
             total = tap.loads() if total is None else total + tap.loads()
     assert total is not None
@@ -56,16 +57,18 @@ def expert_loads(model: nn.Module, tap: RouterTap, sequences: Tensor, batch_size
     return loads
 
 
-def summary(report: dict[str, object]) -> str:
+def summary(report: dict[str, Any]) -> str:
     """What a training ends with, in four lines."""
     ppl, loads = report["held_out_perplexity"], report["held_out_tokens_per_expert"]
-    assert isinstance(ppl, dict)
-    assert isinstance(loads, list)
     skew = [max(row) * len(row) / sum(row) for row in loads]
     cold = min(min(row) / sum(row) for row in loads)
-    return "\n".join([
-        f"held-out perplexity per token {ppl['model']:.2f}, {report['held_out_bits_per_byte']:.2f} bits per byte",
-        f"  its experts chosen at random {ppl['uniform_routing']:.1f}, token counts alone {ppl['unigram']:.1f}",
-        f"router skew: the most loaded expert gets {min(skew):.1f} to {max(skew):.1f} times the mean of its layer, the least {cold:.2%}",
-        f"{report['num_steps']} steps, {report['seconds']:.0f} s, {report['bytes_per_second'] / 1e6:.3f} MB of text a second on {report['device']}",
-    ])
+    return "\n".join(
+        [
+            f"held-out perplexity per token {ppl['model']:.2f}, {report['held_out_bits_per_byte']:.2f} bits per byte",
+            f"  its experts chosen at random {ppl['uniform_routing']:.1f}, token counts alone {ppl['unigram']:.1f}",
+            f"router skew: the most loaded expert has {min(skew):.1f} to {max(skew):.1f} times its layer's mean load,"
+            f" the least loaded {cold:.2%} of its layer's",
+            f"{report['num_steps']} steps, {report['seconds']:.0f} s, {report['bytes_per_second'] / 1e6:.3f} MB of text"
+            f" a second on {report['device']}",
+        ]
+    )

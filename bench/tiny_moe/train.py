@@ -1,4 +1,4 @@
-"""Training: windows drawn from a seed and a step, AdamW on float32 masters, resumable, the best validated state kept."""
+"""Training: windows drawn from a seed and a step, AdamW on float32 masters, resumable, the best state kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,29 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """Where a training is. seconds: spent so far, resumed runs together."""
+    """Where a training is.
+
+    Attributes:
+        step: steps done.
+        seconds: spent so far, resumed runs together.
+        best_loss: the least validation loss, nats a token.
+        last_loss: a training loss, some steps old.
+        share: 0 at the start, 1 at the end, by steps or by time, whichever is further.
+    """
 
     step: int = 0
     seconds: float = 0.0
     best_loss: float = math.inf
     last_loss: float = math.nan
-
-    def share(self, preset: Preset) -> float:
-        """0 at the start, 1 at the end, by steps or by time, whichever is further."""
-        return min(1.0, max(self.step / preset.num_steps, self.seconds / (60 * preset.max_minutes)))
+    share: float = 0.0
 
 
 class Trainer:
     """One training of one model; `run` may be called again in another process with the same state file."""
 
-    def __init__(self, model: nn.Module, preset: Preset, train: Ids, validation: Tensor, seed: int, state: Path) -> None:
+    def __init__(
+        self, model: nn.Module, preset: Preset, train: Ids, validation: Tensor, seed: int, state: Path
+    ) -> None:
         """The model is trained in its own dtype and place: bf16 on a GPU, float32 on a CPU.
 
         Args:
@@ -65,6 +72,7 @@ class Trainer:
         self.progress = Progress()
         self._model, self._preset, self._train, self._validation = model, preset, train, validation
         self._seed, self._state = seed, state
+        self._num_steps = preset.steps_on(len(train))
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
         self._masters = [parameter.detach().float().clone() for parameter in self._parameters]
@@ -90,14 +98,15 @@ class Trainer:
         saved = start = time.monotonic()
         before = self.progress.seconds
         first = self.progress.step
-        while self.progress.share(self._preset) < 1:
+        validate_every = max(1, self._num_steps // NUM_VALIDATIONS)
+        while self.progress.share < 1:
             if max_steps is not None and self.progress.step - first >= max_steps:
                 self.save()
                 return False
-            validate_every = max(1, self._preset.num_steps // NUM_VALIDATIONS)
             self._step()
             self.progress.step += 1
             self.progress.seconds = before + time.monotonic() - start
+            self.progress.share = self._share()
             if self.progress.step % validate_every == 0:
                 self._validate()
             if time.monotonic() - saved > SAVE_EVERY_S:
@@ -123,10 +132,15 @@ class Trainer:
         except OSError as error:
             raise DataError(f"{self._state}: the state cannot be written ({error.strerror or error})") from error
 
+    def _share(self) -> float:
+        return min(
+            1.0, max(self.progress.step / self._num_steps, self.progress.seconds / (60 * self._preset.max_minutes))
+        )
+
     def _settings(self) -> dict[str, Any]:
         """What must agree for a training to go on; how long it lasts may change."""
         fields = dataclasses.asdict(self._preset)
-        del fields["num_steps"], fields["max_minutes"]
+        del fields["num_steps"], fields["max_passes"], fields["max_minutes"]
         return fields | {"seed": self._seed, "train_tokens": len(self._train), "first": int(self._train[0])}
 
     def _load(self) -> None:
@@ -137,6 +151,7 @@ class Trainer:
         if not isinstance(content, dict) or content.get("settings") != self._settings():
             raise DataError(f"{self._state}: the state of another training; remove it or choose another --out")
         self.progress = Progress(**content["progress"])
+        self.progress.share = self._share()
         _copy(content["masters"], self._masters)
         _copy(content["masters"], self._parameters)
         _copy(content["best"], self._best)
@@ -144,7 +159,7 @@ class Trainer:
 
     def _step(self) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._preset.learning_rate * _schedule(self.progress.share(self._preset))
+            group["lr"] = self._preset.learning_rate * _schedule(self.progress.share)
         batch = self._batch()
         logits = self._model(batch[:, :-1]).logits
         loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -157,6 +172,10 @@ class Trainer:
         _copy(self._masters, self._parameters)
         if self.progress.step % 20 == 0:  # reading it waits for the GPU
             self.progress.last_loss = float(loss.detach())
+            if not math.isfinite(self.progress.last_loss):
+                raise DataError(
+                    f"the loss is {self.progress.last_loss} at step {self.progress.step}; choose another --seed"
+                )
 
     def _batch(self) -> Tensor:
         """Windows int64 [batch, length + 1], the same for a seed and a step."""
@@ -180,6 +199,6 @@ def _schedule(share: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (share - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))
 
 
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(list(targets), list(sources))
