@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from allocator.extras import require_models
 from allocator.sensitivity import Sensitivity
-from allocator.trace import add_data_options
+from allocator.trace import add_data_options, check_batch_size
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
 
@@ -43,6 +43,7 @@ def _run(arguments: argparse.Namespace) -> Additivity:
     for option, path in (("--out", arguments.out), ("--corrected", arguments.corrected)):
         if path is not None and not path.absolute().parent.is_dir():
             raise SpecError(f"{option} {path}: its folder does not exist")
+    check_batch_size(arguments.batch_size)
     low, high = _range(arguments.bits)
     options = CheckOptions(
         low=low,
@@ -109,7 +110,7 @@ def report(found: Additivity, out: Path) -> str:
     lines += [
         "",
         f"perplexity {found.exact_perplexity:.4f}, of these allocations {found.perplexity.min():.4f} to"
-        f" {found.perplexity.max():.4f}; KL {found.measured_kl.min():.4g} to {found.measured_kl.max():.4g} nats a token",
+        f" {found.perplexity.max():.4f}; KL {found.measured_kl.min():.4g} to {found.measured_kl.max():.4g} nats",
         f"wrote {out}",
     ]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.extras import require_models
-from allocator.trace import add_data_options
+from allocator.trace import add_data_options, check_batch_size
 from profiles import schemes
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
@@ -18,7 +18,7 @@ from profiles.errors import DataError, SpecError, UserError
 if TYPE_CHECKING:
     from allocator.calibration.sensitivities import Calibration
 
-DEFAULT_MEASURE = "block-relative"
+DEFAULT_MEASURE = "fisher"
 DEFAULT_SCHEMES = (
     "w16a16,w8a16_g-1_sym,w4a16_g128_asym,w3a16_g128_asym,w2a16_g128_asym,w8a8_g-1_sym,w4a8_g128_sym,w4a4_g128_sym"
 )
@@ -50,6 +50,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Calibration, list[str]]:
     out: Path = arguments.out
     if not out.absolute().parent.is_dir():
         raise SpecError(f"--out {out}: its folder does not exist")
+    check_batch_size(arguments.batch_size)
     measure = measure_of(arguments.measure)
     names = list(dict.fromkeys(arguments.schemes.split(",")))
     options = LossOptions(

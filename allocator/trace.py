@@ -42,6 +42,9 @@ def _run(arguments: argparse.Namespace) -> tuple[Routing, tuple[str, ...]]:
         raise SpecError(f"--out {out}: its folder does not exist")
     if out.suffix not in (".json", ".parquet"):
         raise SpecError(f"--out {out}: a trace ends in .json or .parquet")
+    plot: Path = arguments.plot or out.with_suffix(".png")
+    skew.kind_of(plot)
+    check_batch_size(arguments.batch_size)
     model = StreamedModel(arguments.model, device=arguments.device)
     sequences = read_sequences(
         arguments.data,
@@ -56,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Routing, tuple[str, ...]]:
     loads = routing.loads()
     write_trace(loads, out)
     routing.write_details(details_of(out))
-    skew.write(loads, arguments.plot or out.with_suffix(".png"))
+    skew.write(loads, plot)
     return routing, sequences.notes
 
 
@@ -104,6 +107,12 @@ def report(routing: Routing, notes: Sequence[str], arguments: argparse.Namespace
 
 def _listed(experts: Sequence[int], most: int = 8) -> str:
     return ", ".join(str(expert) for expert in experts[:most]) + (", ..." if len(experts) > most else "")
+
+
+def check_batch_size(size: int) -> None:
+    """SpecError unless it is one."""
+    if size < 1:
+        raise SpecError(f"--batch-size {size}: at least 1 is needed")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

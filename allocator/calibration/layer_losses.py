@@ -14,8 +14,12 @@ from allocator.calibration.measures import Change, Measure
 from allocator.calibration.quantizer import Quantized, Quantizer
 from allocator.calibration.statistics import Statistics, gather
 from allocator.calibration.visits import ExpertGroup, Rows, Visit
+from profiles.errors import SpecError
 from profiles.models import Linear, LinearId
 from profiles.schemes import QuantScheme
+
+_CPU_BYTES = 2 << 30
+_GPU_SHARE = 0.5
 
 Losses = dict[tuple[LinearId, QuantScheme], dict[str, float]]
 
@@ -44,13 +48,18 @@ class LossOptions:
         quantizer: how weights become codes.
         max_rows: tokens of an expert at which changes are measured, evenly spaced; all others still count in GPTQ's
             moments. None: all, which measured KL always takes.
-        memory_bytes: of temporaries; more experts than fit are taken in turns.
+        memory_bytes: of temporaries; more experts than fit are taken in turns. None: much of what a GPU has free, and
+            2 GiB on a CPU.
     """
 
     schemes: tuple[QuantScheme, ...]
     quantizer: Quantizer = field(default_factory=Quantizer)
     max_rows: int | None = 2048
-    memory_bytes: int = 4 << 30
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_rows is not None and self.max_rows < 1:
+            raise SpecError(f"max rows {self.max_rows}: at least 1 is needed")
 
 
 def layer_losses(
@@ -202,6 +211,14 @@ def _turns(group: ExpertGroup, options: LossOptions) -> Iterator[range]:
     up, down = group.experts.base[Linear.GATE_UP].weights, group.experts.base[Linear.DOWN].weights
     largest = max(up[0].numel(), down[0].numel())
     each = 4 * (largest * (len(options.schemes) + 8) + 4 * max(up.shape[2], down.shape[2]) ** 2)
-    size = max(1, options.memory_bytes // each)
+    size = max(1, (options.memory_bytes or _free_bytes(up.device)) // each)
     for first in range(0, group.experts.num_experts, size):
         yield range(first, min(first + size, group.experts.num_experts))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What temporaries may take."""
+    if device.type != "cuda":
+        return _CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _GPU_SHARE)

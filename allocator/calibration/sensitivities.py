@@ -94,6 +94,7 @@ def calibrate(
             spent = time.monotonic() - begun
             if partial is not None:
                 partial.write(layer, *known)
+            del ahead, seen
         losses |= known[0]
         notes[layer] = known[1]
         if progress is not None:
@@ -125,7 +126,9 @@ def _visits(
         seen = visit_with_gradients(model, sequences.tokens, batch_size=batch_size, seed=seed)
     else:
         seen = visit(model, sequences.tokens, batch_size=batch_size)
-    yield from ((one.layer.index, one) for one in seen)
+    while (one := next(seen, None)) is not None:
+        yield one.layer.index, one
+        del one  # before the next layer is read
 
 
 def _line(layer: int, done: int, resumed: int, total: int, changes: int, spent: float) -> str:

@@ -39,15 +39,21 @@ def figure(loads: Mapping[int, TokenLoad]) -> Figure:
 
 def write(loads: Mapping[int, TokenLoad], path: Path) -> None:
     """The figure in a file whose suffix matplotlib knows. DataError: another suffix, or it cannot be written."""
-    kinds = Figure().canvas.get_supported_filetypes()
-    kind = path.suffix.removeprefix(".")
-    if kind not in kinds:
-        raise DataError(f"{path}: a picture ends in {', '.join(f'.{kind}' for kind in sorted(kinds))}")
+    kind = kind_of(path)
     try:
         with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "bitile"}):
             figure(loads).savefig(temporary, format=kind, dpi=120)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def kind_of(path: Path) -> str:
+    """The picture's format by its name. DataError: none that matplotlib knows."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".")
+    if kind not in kinds:
+        raise DataError(f"{path}: a picture ends in {', '.join(f'.{kind}' for kind in sorted(kinds))}")
+    return kind
 
 
 def _relative(load: TokenLoad) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

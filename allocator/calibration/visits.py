@@ -178,6 +178,7 @@ def visit(model: StreamedModel, tokens: Tensor, *, batch_size: int = 1) -> Itera
         with torch.no_grad():
             seen = recorder.visit(model, layer, hidden)
         yield seen
+        del seen, layer, recorder  # before the next layer is read: two would be in memory
 
 
 def advance(model: StreamedModel, layer: LoadedLayer, hidden: Tensor) -> Tensor:
@@ -212,7 +213,9 @@ def visit_with_gradients(
         block_gradients = torch.cat([step.block_gradient for step in steps])
         with torch.no_grad():
             seen = recorder.visit(model, layer, [step.output for step in steps], block_gradients)
+        del steps
         yield seen
+        del seen, layer, recorder, block_gradients
 
 
 class _Backward:

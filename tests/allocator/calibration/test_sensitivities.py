@@ -1,3 +1,4 @@
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from allocator.calibration.experts import Experts
 from allocator.calibration.layer_losses import LossOptions, layer_losses
 from allocator.calibration.measured import divergence, final_outputs
 from allocator.calibration.measures import MEASURES, measure_of
-from allocator.calibration.model import StreamedModel
+from allocator.calibration.model import LoadedLayer, StreamedModel
 from allocator.calibration.partial import Partial, fingerprint
 from allocator.calibration.quantizer import Method, Quantizer
 from allocator.calibration.sensitivities import Calibration, calibrate, describe
@@ -261,3 +262,36 @@ def test_nothing_to_measure(qwen: StreamedModel, sequences: Sequences) -> None:
         calibrate(qwen, sequences, [], OPTIONS)
     with pytest.raises(SpecError, match=r"unknown measure 'l3': known are block-l2"):
         measure_of("l3")
+
+
+@pytest.mark.parametrize("name", ["block-relative", "fisher"])
+def test_one_layer_is_in_memory_at_a_time(name: str, checkpoints: dict[str, Path], sequences: Sequences) -> None:
+    model = StreamedModel(checkpoints["mixtral"])
+    read = model._load
+    alive: list[int] = []
+
+    def counting(index: int) -> LoadedLayer:
+        gc.collect()
+        alive.append(sum(type(thing) is Experts for thing in gc.get_objects()))
+        return read(index)
+
+    gc.collect()
+    others = sum(type(thing) is Experts for thing in gc.get_objects())
+    model._load = counting  # type: ignore[method-assign]
+    options = LossOptions(schemes=SCHEMES[2:3])
+    calibrate(model, sequences, [measure_of(name)], options, batch_size=4)
+    assert len(alive) >= 3
+    assert max(alive) == others
+
+
+def test_bf16_gives_nearly_the_same_losses(checkpoints: dict[str, Path], sequences: Sequences) -> None:
+    measure = measure_of("fisher")
+    options = LossOptions(schemes=SCHEMES[2:])
+    precise, half = (
+        calibrate(StreamedModel(checkpoints["deepseek_v3"], dtype=dtype), sequences, [measure], options, batch_size=4)
+        .sensitivities["fisher"]
+        .frame()["loss"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.sum() == pytest.approx(precise.sum(), rel=0.3)
+    assert spearmanr(precise, half).statistic > 0.9
