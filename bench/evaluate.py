@@ -84,7 +84,9 @@ def open_evaluator(arguments: argparse.Namespace) -> tuple[Evaluator, Sequences,
         number=arguments.sequences,
         calibrating=arguments.calibration_sequences,
     )
-    evaluator = Evaluator(model, held_out.tokens, calibration.tokens, batch_size=arguments.batch_size)
+    evaluator = Evaluator(
+        model=model, held_out=held_out.tokens, calibration=calibration.tokens, batch_size=arguments.batch_size
+    )
     return evaluator, held_out, calibration
 
 
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         quantizer = Quantizer(method=Method(arguments.method), clip=arguments.clip, rotate=arguments.rotate)
         evaluator, held_out, calibration = open_evaluator(arguments)
-        assignment = _assignment(arguments, evaluator.linears())
+        assignment = _assignment(arguments, evaluator.linears)
         found = evaluator.measure(assignment, quantizer)
         result: dict[str, Any] = {
             "model": evaluator.model.shape.name,

@@ -9,10 +9,13 @@ import torch
 import transformers
 from torch import nn
 
-from allocator.calibration.experts import SharedExperts
+from allocator.calibration.experts import Experts, LinearStack, SharedExperts
 from allocator.calibration.quantizer import Quantizer
-from bench.evaluation import Assignment, Evaluator, restore
+from allocator.calibration.statistics import gather
+from allocator.calibration.visits import ExpertGroup, visit
+from bench.evaluation import Assignment, Evaluator
 from profiles.errors import SpecError
+from profiles.models import Linear, LinearId
 
 
 def run_tasks(
@@ -53,13 +56,31 @@ def assembled(evaluator: Evaluator, assignment: Assignment, quantizer: Quantizer
     model = model.to(streamed.device).eval().requires_grad_(False)
     layers = model.get_submodule("model.layers")
     assert isinstance(layers, nn.ModuleList)
-    for layer in evaluator.quantized_layers(assignment, quantizer):
-        block = streamed.adapter.block(layers[layer.index])
+    for seen in visit(streamed, evaluator.calibration, batch_size=evaluator.batch_size):
+        block = streamed.adapter.block(layers[seen.layer.index])
         assert block is not None
-        assert layer.routed is not None
-        shared = None if layer.shared is None else SharedExperts(copy.copy(layer.shared))
-        streamed.adapter.install(block, copy.copy(layer.routed), shared)
-        restore(layer)
-    if streamed.device.type == "cuda":
-        torch.cuda.empty_cache()
+        routed, *shared = (
+            _quantized(group, seen.layer.index, assignment, quantizer, streamed.dtype) for group in seen.groups()
+        )
+        streamed.adapter.install(block, routed, SharedExperts(shared[0]) if shared else None)
     return model
+
+
+def _quantized(
+    group: ExpertGroup, layer: int, assignment: Assignment, quantizer: Quantizer, dtype: torch.dtype
+) -> Experts:
+    """A copy of a group's experts that runs as assigned; its tokens are what the quantiser learns from."""
+    number = group.experts.num_experts
+    statistics = gather(group, range(number))
+    chosen: dict[Linear, Sequence[LinearStack]] = {}
+    for linear in Linear:
+        base = group.experts.base[linear]
+        ids = [LinearId(layer=layer, expert=group.first_id + e, linear=linear) for e in range(number)]
+        stacks = {
+            scheme: quantizer.quantize(base.weights, scheme, statistics.moments[linear], statistics.counts).stack(dtype)
+            for scheme in dict.fromkeys(assignment[i] for i in ids if i in assignment)
+        }
+        chosen[linear] = [stacks[assignment[i]] if i in assignment else base for i in ids]
+    experts = copy.copy(group.experts)
+    experts.choose(chosen)
+    return experts

@@ -125,7 +125,7 @@ def measure_table(
         if variant.name in table.rows:
             continue
         start = time.monotonic()
-        assignment = assignment_of(variant.rule, evaluator.linears(), evaluator.model.shape, sensitivity)
+        assignment = assignment_of(variant.rule, evaluator.linears, evaluator.model.shape, sensitivity)
         found = evaluator.measure(assignment, variant.quantizer)
         table.add(
             {
