@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from allocator.calibration.model import StreamedModel
-from allocator.calibration.visits import advance
+from allocator.calibration.visits import advance, through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,8 +48,7 @@ def final_outputs(model: StreamedModel, tokens: Tensor, *, batch_size: int) -> l
     """The last layer's output, in batches of sequences."""
     hidden = [model.embed(batch) for batch in torch.split(tokens, batch_size)]
     for index in range(model.num_layers):
-        layer = model.layer(index)
-        hidden = [advance(model, layer, batch) for batch in hidden]
+        hidden = through(model, index, hidden)
     return hidden
 
 

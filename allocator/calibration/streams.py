@@ -20,7 +20,7 @@ from allocator.calibration.measured import divergence, negative_log_likelihood
 from allocator.calibration.model import StreamedModel
 from allocator.calibration.quantizer import Quantizer
 from allocator.calibration.statistics import gather
-from allocator.calibration.visits import ExpertGroup, advance, visit
+from allocator.calibration.visits import ExpertGroup, advance, through, visit
 from profiles.errors import SpecError
 from profiles.models import Linear, LinearId
 from profiles.schemes import QuantScheme
@@ -79,7 +79,7 @@ def measure_allocations(
     for seen in visit(model, calibration, batch_size=batch_size):
         layer = seen.layer
         for index in range(position, layer.index):
-            streams = [_advance(model, index, stream) for stream in streams]
+            streams = [through(model, index, stream) for stream in streams]
         position = layer.index + 1
         with torch.no_grad():
             menus = [(group, _menu(group, layer.index, assignments, quantizer, model.dtype)) for group in seen.groups()]
@@ -94,7 +94,7 @@ def measure_allocations(
         if progress is not None:
             progress(f"layer {layer.index}: {len(assignments)} allocations")
     for index in range(position, model.num_layers):
-        streams = [_advance(model, index, stream) for stream in streams]
+        streams = [through(model, index, stream) for stream in streams]
     return _scores(model, tokens, streams, batch_size)
 
 
@@ -114,11 +114,6 @@ def _scores(model: StreamedModel, tokens: Tensor, streams: list[Stream], batch_s
         for stream in streams[1:]
     ]
     return MeasuredAllocations(allocations=tuple(measured), exact_perplexity=perplexity(exact))
-
-
-def _advance(model: StreamedModel, index: int, stream: Stream) -> Stream:
-    layer = model.layer(index)
-    return [advance(model, layer, batch) for batch in stream]
 
 
 def _menu(

@@ -172,6 +172,7 @@ def visit(model: StreamedModel, tokens: Tensor, *, batch_size: int = 1) -> Itera
         layer = model.layer(index)
         if layer.routed is None:
             hidden = [advance(model, layer, batch) for batch in hidden]
+            del layer
             continue
         with Recorder(layer.routed) as recorder:
             hidden = [advance(model, layer, batch) for batch in hidden]
@@ -187,6 +188,12 @@ def advance(model: StreamedModel, layer: LoadedLayer, hidden: Tensor) -> Tensor:
         return model.run(layer, hidden)
 
 
+def through(model: StreamedModel, index: int, hidden: list[Tensor]) -> list[Tensor]:
+    """A layer's outputs; the layer itself is let go, so that the next one's room is free."""
+    layer = model.layer(index)
+    return [advance(model, layer, batch) for batch in hidden]
+
+
 def visit_with_gradients(
     model: StreamedModel, tokens: Tensor, *, batch_size: int = 1, seed: int = 0
 ) -> Iterator[Visit]:
@@ -197,8 +204,7 @@ def visit_with_gradients(
     """
     inputs = [[model.embed(batch) for batch in torch.split(tokens, batch_size)]]
     for index in range(model.num_layers):
-        layer = model.layer(index)
-        inputs.append([advance(model, layer, batch) for batch in inputs[-1]])
+        inputs.append(through(model, index, inputs[-1]))
         inputs[-2] = [batch.cpu() for batch in inputs[-2]]
     generator = torch.Generator(device=model.device).manual_seed(seed)
     upstream = [_head_gradient(model, batch, generator) for batch in inputs.pop()]
@@ -207,6 +213,7 @@ def visit_with_gradients(
         steps = [_Backward(model, layer, batch.to(model.device)) for batch in inputs.pop()]
         if layer.routed is None:
             upstream = [step.run(gradient) for step, gradient in zip(steps, upstream, strict=True)]
+            del steps, layer
             continue
         with Recorder(layer.routed) as recorder:
             upstream = [step.run(gradient) for step, gradient in zip(steps, upstream, strict=True)]
