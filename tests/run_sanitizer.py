@@ -30,7 +30,7 @@ def start(tool: str, family: str, folder: Path) -> subprocess.Popen[bytes]:
     """
     name = f"{tool}-{family}"
     log = ["--log-file", str(folder / f"{name}.log")]
-    # cuda-bindings asks the driver for entry points that an older one lacks, and handles the answer: no finding of ours.
+    # cuda-bindings asks the driver for entry points that an older one lacks and handles the answer: no finding here.
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     watch = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=cutlass", *quiet, *log]
     options = ["-q", "-m", "gpu", "-k", f"[{family}_", "-p", "no:cacheprovider", "--timeout", "600"]

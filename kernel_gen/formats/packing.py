@@ -116,7 +116,9 @@ def unpack(packed: PackedWeights) -> QuantizedWeights:
 def _to_sign_magnitude(codes: Tensor, scheme: QuantScheme) -> Tensor:
     """4-bit u to sign and magnitude of u - 8. DataError for u = 0, which has none."""
     if bool((codes == 0).any()):
-        raise DataError(f"{scheme.name}: codes of -8 cannot be packed, its kernels hold -7..7: quantise with scales of max|w| / 7")
+        raise DataError(
+            f"{scheme.name}: codes of -8 cannot be packed, its kernels hold -7..7: quantise with scales of max|w| / 7"
+        )
     return torch.where(codes < 8, 16 - codes, codes - 8)
 
 

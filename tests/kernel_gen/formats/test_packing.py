@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from kernel_gen.formats import QuantizedWeights, dequantize, format_of, pack, quantize, unpack
 from kernel_gen.layouts import layout_of
-from profiles.errors import DataError
-from profiles.errors import UnsupportedError
+from profiles.errors import DataError, UnsupportedError
 from profiles.schemes import KERNEL_SCHEMES, NumericType, parse
 
 SCHEMES = (*KERNEL_SCHEMES, parse("w4a16_g64_asym"), parse("w3a16_g64_sym"), parse("w8a8_g128_sym"))
