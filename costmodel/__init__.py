@@ -7,4 +7,31 @@ work        what one k-tile of one scheme costs an SM (bytes, instructions, tens
 launches    launches as objects, and as columns
 analytic    the latency of a launch from the above: makespan of the tile list against DRAM time
 table       CostTable: (linear, scheme, load) -> latency and configuration, from measurements or predictions
+
+features    launches as the matrix that models learn from
+model       LatencyModel, of calibration (the core's factors), forest (what it misses) and conformal (intervals)
+baselines   what LatencyModel must beat, on its interface
+model_file  a fitted model as a file; fit: `python -m costmodel.fit`
+pricing     what a fitted model is for: cost tables, marginal costs, choosing a kernel
+evaluation  errors, coverage and regret on held-out groups; evaluate: `python -m costmodel.evaluate`, report: its pages
+guide       which configurations to measure next
 """
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "CostTable": "costmodel.table",
+    "FittedModel": "costmodel.model_file",
+    "LatencyModel": "costmodel.model",
+    "cost_table": "costmodel.pricing",
+}
+__all__ = ["CostTable", "FittedModel", "LatencyModel", "cost_table"]  # noqa: F822 - found by __getattr__
+
+
+def __getattr__(name: str) -> object:
+    """The package's public names, loaded when asked for: scikit-learn takes a second, and most importers want facts."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -67,9 +67,9 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseFloor:
-    """What no model can beat. `within_run`: half of p80 - p20 over the median, mean over rows. `between_runs_*`: absolute
-    relative difference of the same launch measured again, and what the best configuration of one run loses in the
-    other; None without repeats.
+    """What no model can beat. `within_run`: half of p80 - p20 over the median, mean over rows. `between_runs_*`:
+    absolute relative difference of the same launch measured again, and what the best configuration of one run loses in
+    the other; None without repeats.
     """
 
     within_run: float | None
@@ -81,8 +81,8 @@ class NoiseFloor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutResult:
-    """One kind of group: each row's label (None: not tested), each estimator's predictions [R] in microseconds (NaN where
-    not tested), LatencyModel's interval [R, 2], and the metrics.
+    """One kind of group: each row's label (None: not tested), each estimator's predictions [R] in microseconds (NaN
+    where not tested), LatencyModel's interval [R, 2], and the metrics.
     """
 
     labels: Labels

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from costmodel.analytic import solve
+from costmodel.blocks import for_blocks
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch, LaunchTable
 from costmodel.work import split_load
@@ -138,81 +139,96 @@ def of_profile(profile: pd.DataFrame, facts: Mapping[str, BuildFacts] | None = N
     for gpu_name, rows in profile.reset_index(drop=True).groupby("gpu", sort=False):
         uses, loads, use_of, load_of = _factorised(rows, facts or {})
         out[rows.index] = matrix(find_gpu(str(gpu_name)), uses, loads, use_of, load_of)
-    return pd.DataFrame(out, columns=list(FEATURES), index=profile.index)
+    return as_frame(out, profile.index)
 
 
 def of_launches(gpu: GpuSpec, launches: Sequence[Launch]) -> pd.DataFrame:
     """The matrix of launches, in order."""
     uses = [_use(launch) for launch in launches]
     every = np.arange(len(launches))
-    values = matrix(gpu, uses, [launch.load for launch in launches], every, every)
-    return pd.DataFrame(values, columns=list(FEATURES))
+    return as_frame(matrix(gpu, uses, [launch.load for launch in launches], every, every))
+
+
+def as_frame(matrix_: Matrix, index: pd.Index | None = None) -> pd.DataFrame:
+    """A matrix with the columns' names, which scikit-learn then checks."""
+    return pd.DataFrame(matrix_, columns=list(FEATURES), index=index)
 
 
 def matrix(
     gpu: GpuSpec, uses: Sequence[KernelUse], loads: Sequence[TokenLoad], use_of: Codes, load_of: Codes
 ) -> Matrix:
-    """float32 [R, len(FEATURES)], column-major: row r is kernel `uses[use_of[r]]` on load `loads[load_of[r]]`.
+    """float32 [R, len(FEATURES)], column-major: row r is kernel `uses[use_of[r]]` on load `loads[load_of[r]]`."""
+    return Kernels(gpu, uses).matrix(loads, use_of, load_of)
 
-    Per-kernel numbers are worked out once a kernel, so that a million rows of a few thousand kernels take a second.
+
+class Kernels:
+    """Kernels on linears, with all of their numbers that do not depend on tokens worked out: a million rows of a few
+    thousand kernels take a second, one load under a dozen kernels well under a millisecond.
     """
-    out = np.empty((len(use_of), len(FEATURES)), dtype=np.float32, order="F")
-    if not len(use_of):
-        return out
-    kernel_table = LaunchTable.of([use.launch(_one_token_each(use)) for use in uses])
-    fixed = _fixed_columns(gpu, uses, kernel_table)
-    for name, values in fixed.items():
-        out[:, INDEX[name]] = values.astype(np.float32)[use_of]
-    splits = _Splits(uses, loads)
-    for start in range(0, len(use_of), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        table = splits.table(kernel_table, use_of[rows], load_of[rows])
-        for name, column in _token_columns(gpu, table).items():
-            out[rows, INDEX[name]] = column
-    return out
 
-
-_ROWS_AT_ONCE = 1 << 14
-
-
-class _Splits:
-    """How each load splits into the tiles of each kernel's slots, worked out once per (load, schemes, tile width)."""
-
-    def __init__(self, uses: Sequence[KernelUse], loads: Sequence[TokenLoad]) -> None:
-        self._loads = loads
+    def __init__(self, gpu: GpuSpec, uses: Sequence[KernelUse]) -> None:
+        self.gpu, self.uses = gpu, tuple(uses)
+        self._table = LaunchTable.of([use.launch(_one_token_each(use)) for use in uses])
+        self._fixed = np.zeros((len(self.uses), len(FEATURES)), dtype=np.float32, order="F")
+        for name, values in _fixed_columns(gpu, uses, self._table).items():
+            self._fixed[:, INDEX[name]] = values
         groups: dict[tuple[tuple[QuantScheme, ...], int], int] = {}
         keys = [(use.schemes if len(use.schemes) > 1 else (), use.config.tile.n) for use in uses]
         self._group_of_use = np.asarray([groups.setdefault(key, len(groups)) for key in keys], dtype=np.intp)
         self._groups = list(groups)
 
-    def table(self, kernels_: LaunchTable, use_of: Codes, load_of: Codes) -> LaunchTable:
-        """The launches: a kernel's columns, and those that its tokens decide."""
-        columns = {field.name: getattr(kernels_, field.name)[use_of] for field in dataclasses.fields(LaunchTable)}
-        pair = self._group_of_use[use_of] * len(self._loads) + load_of
-        pairs, pair_of = np.unique(pair, return_inverse=True)
-        slots = columns["used"].shape[1]
-        counts = np.zeros((4, len(pairs), slots))
-        for row, code in enumerate(pairs):
-            group, load = divmod(int(code), len(self._loads))
-            for slot, split in enumerate(self._split(group, self._loads[load])):
-                counts[:, row, slot] = split
-        of_rows = counts[:, pair_of]
-        names = ("num_tokens", "num_active", "num_token_tiles", "max_tokens")
-        columns.update(zip(names, of_rows, strict=True))
+    def matrix(self, loads: Sequence[TokenLoad], use_of: Codes, load_of: Codes) -> Matrix:
+        """float32 [R, len(FEATURES)], column-major: row r is kernel `use_of[r]` on load `load_of[r]`.
+
+        Raises:
+            DataError: a load of another number of experts than a kernel has schemes.
+        """
+        out = np.empty((len(use_of), len(FEATURES)), dtype=np.float32, order="F")
+        splits = self._splits(loads, use_of, load_of)
+        num_experts = np.asarray([load.num_experts for load in loads], dtype=np.float64)
+
+        def work(rows: slice) -> None:
+            out[rows] = np.take(self._fixed.T, use_of[rows], axis=1).T
+            table = self._launches(use_of[rows], num_experts[load_of[rows]], splits, load_of[rows])
+            for name, column in _token_columns(self.gpu, table).items():
+                out[rows, INDEX[name]] = column
+
+        for_blocks(len(use_of), work)
+        return out
+
+    def _splits(self, loads: Sequence[TokenLoad], use_of: Codes, load_of: Codes) -> Array:
+        """How each load splits into tiles, by kernels that split alike: [4, groups, loads, slots], see `_SPLIT`."""
+        counts = np.zeros((len(_SPLIT), len(self._groups), len(loads), self._table.used.shape[1]))
+        for code in np.unique(self._group_of_use[use_of] * len(loads) + load_of):
+            group, load = divmod(int(code), len(loads))
+            for slot, split in enumerate(_split(*self._groups[group], loads[load])):
+                counts[:, group, load, slot] = split
+        return counts
+
+    def _launches(self, use_of: Codes, num_experts: Array, splits: Array, load_of: Codes) -> LaunchTable:
+        """A kernel's columns, and those that its tokens decide."""
+        columns = {field.name: getattr(self._table, field.name)[use_of] for field in _TABLE_FIELDS}
+        of_rows = splits[:, self._group_of_use[use_of], load_of]
+        columns.update(zip(_SPLIT, of_rows, strict=True))
         columns["num_tiles"] = columns["num_token_tiles"] * columns["num_feature_tiles"][:, None]
-        columns["num_experts"] = np.asarray([load.num_experts for load in self._loads], dtype=np.float64)[load_of]
+        columns["num_experts"] = num_experts
         return LaunchTable(**columns)
 
-    def _split(self, group: int, load: TokenLoad) -> list[tuple[float, float, float, float]]:
-        schemes, tile_n = self._groups[group]
-        by_slot: dict[QuantScheme | None, list[int]] = {}
-        each = schemes or (None,) * load.num_experts
-        if len(each) != load.num_experts:
-            raise DataError(f"{len(each)} schemes for the {load.num_experts} experts of load {load.source!r}")
-        for scheme, count in zip(each, load.tokens_per_expert, strict=True):
-            by_slot.setdefault(scheme, []).append(count)
-        found = [split_load(tuple(tokens), tile_n) for tokens in by_slot.values()]
-        return [(s.num_tokens, s.num_active_experts, s.num_token_tiles, s.max_tokens) for s in found]
+
+_SPLIT = ("num_tokens", "num_active", "num_token_tiles", "max_tokens")
+_TABLE_FIELDS = dataclasses.fields(LaunchTable)
+
+
+def _split(schemes: tuple[QuantScheme, ...], tile_n: int, load: TokenLoad) -> list[tuple[float, ...]]:
+    """`_SPLIT` of each slot; no schemes: all experts share one."""
+    if schemes and len(schemes) != load.num_experts:
+        raise DataError(f"{len(schemes)} schemes for the {load.num_experts} experts of load {load.source!r}")
+    by_slot: dict[QuantScheme, list[int]] = {}
+    for scheme, count in zip(schemes, load.tokens_per_expert, strict=False):
+        by_slot.setdefault(scheme, []).append(count)
+    parts = [tuple(tokens) for tokens in by_slot.values()] if schemes else [load.tokens_per_expert]
+    found = [split_load(tokens, tile_n) for tokens in parts]
+    return [(s.num_tokens, s.num_active_experts, s.num_token_tiles, s.max_tokens) for s in found]
 
 
 def _token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
@@ -243,6 +259,7 @@ def _token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
         "makespan_per_dram": columns["makespan_us"] / np.maximum(columns["dram_us"], 1e-3),
         "imbalance": np.where(active > 0, largest / np.maximum(mean_tokens, 1.0), tile_fill),
         "num_tokens": tokens,
+        "num_experts": table.num_experts,
     }
 
 
@@ -333,7 +350,6 @@ def _fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) 
         "mmas_per_k_step_of_a_warp": mean(table.mmas_per_k_step_of_a_warp),
         "stage_bytes": table.k_tile_bytes.max(axis=1),
         "expert_bytes_per_l2": mean(table.expert_weight_bytes) / gpu.l2_bytes,
-        "num_experts": table.num_experts,
         "n": table.n,
         "k": table.k,
     }

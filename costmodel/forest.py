@@ -9,17 +9,16 @@ along their questions.
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from costmodel.blocks import for_blocks
+
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
 MAX_BINS = 128
-ROWS_AT_ONCE = 1 << 13
 FEW_ROWS = 64
 """Up to so many rows go through all trees at once: fewer, larger array operations."""
 
@@ -42,14 +41,7 @@ class Forest:
         if len(X) <= FEW_ROWS:
             return self._predict_few(X)
         out = np.full(len(X), self.base)
-        starts = range(0, len(X), ROWS_AT_ONCE)
-        workers = min(len(starts), os.cpu_count() or 1)
-        if workers == 1:
-            self._add_block(X, out)
-            return out
-        with ThreadPoolExecutor(workers) as pool:
-            blocks = [slice(start, start + ROWS_AT_ONCE) for start in starts]
-            list(pool.map(lambda rows: self._add_block(X[rows], out[rows]), blocks))
+        for_blocks(len(X), lambda rows: self._add_block(X[rows], out[rows]))
         return out
 
     def _predict_few(self, X: Matrix) -> Array:

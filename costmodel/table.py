@@ -133,7 +133,7 @@ class CostTable:
                 "source": rows["source"],
             }
         )
-        return cls(_fastest(frame))
+        return cls(fastest(frame))
 
     @classmethod
     def from_predictions(cls, gpu: GpuSpec, launches: Sequence[PricedLaunch]) -> CostTable:
@@ -164,7 +164,7 @@ class CostTable:
                 "source": Source.PREDICTED.value,
             }
         )
-        return cls(_fastest(frame))
+        return cls(fastest(frame))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], *, gpu: str | None = None) -> CostTable:
@@ -262,7 +262,7 @@ def _is_uniform(names: Sequence[str]) -> bool:
     return len(names) == 1
 
 
-def _fastest(frame: pd.DataFrame) -> pd.DataFrame:
+def fastest(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a key: measured before predicted, then the lowest latency, then the configuration's name."""
     ranked = frame.assign(_is_predicted=frame["source"] != Source.MEASURED.value)
     ranked = ranked.sort_values([*KEY, "_is_predicted", "latency_us", "config"], kind="stable")

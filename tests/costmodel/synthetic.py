@@ -1,5 +1,5 @@
-"""Made-up profiles for tests of the latency model: the analytic core with other constants, a bias that depends on scheme
-and configuration, and noise. Never stored as measurements.
+"""Made-up profiles for tests of the latency model: the analytic core with other constants, a bias that depends on
+scheme and configuration, and noise. Never stored as measurements.
 """
 
 from __future__ import annotations
