@@ -102,7 +102,7 @@ def write_out_of_bounds() -> str:
 
 
 class ReplayBench:
-    def __init__(self, folder: Path, behaviour: dict[str, str], *, gpus: int = 1, limit_s: float = 2.0) -> None:
+    def __init__(self, folder: Path, behaviour: dict[str, str], *, gpus: int = 1, limit_s: float = 5.0) -> None:
         self._factories = [ReplayFactory(folder, behaviour)] * gpus
         self._limit_s = limit_s
 
