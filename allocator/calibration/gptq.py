@@ -22,6 +22,21 @@ MAX_DAMPING = 1e3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Factors:
+    """Of the second moments of some experts' inputs.
+
+    Attributes:
+        upper: U of each expert, float32 [E, K, K], with U^T U the inverse of the damped moment, columns in `order`.
+        order: the columns' order, [E, K].
+        damping: what was added to each diagonal, as a share of its mean; more than asked where H would not factorise.
+    """
+
+    upper: Tensor
+    order: Tensor
+    damping: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GptqResult:
     """Rounded weights and what became of them.
 
@@ -29,15 +44,12 @@ class GptqResult:
         weights: codes, scales, zero points.
         row_errors: d H d^T of every row's error d, float64 [E, N].
         nearest_objective: their sums, had all rows been rounded to nearest, [E].
-        damping: what was added to each expert's diagonal, as a share of its mean, [E]; more than asked where H would
-            not factorise.
         rows_kept_nearest: rows of each expert where rounding to nearest was better, [E].
     """
 
     weights: QuantizedWeights
     row_errors: Tensor
     nearest_objective: Tensor
-    damping: Tensor
     rows_kept_nearest: Tensor
 
 
@@ -45,10 +57,9 @@ def gptq(
     weights: Tensor,
     moments: Tensor,
     start: QuantizedWeights,
+    factors: Factors,
     *,
     fallback: QuantizedWeights | None = None,
-    damping: float = 0.01,
-    activation_order: bool = True,
 ) -> GptqResult:
     """Round weights [E, N, K] on the grid of `start`.
 
@@ -56,14 +67,12 @@ def gptq(
         weights: floats.
         moments: H, [E, K, K], symmetric, at least positive semidefinite.
         start: weights rounded to nearest, whose scales and zero points are the grid.
+        factors: of the moments.
         fallback: another rounding that no row may be worse than, with scales of its own.
-        damping: added to H's diagonal, as a share of the diagonal's mean.
-        activation_order: columns in falling order of H's diagonal, else as they are.
 
     No row is worse than `start` or `fallback` in this objective: where it would be, theirs is kept.
     """
-    factors, used, order = _factors(moments, damping, activation_order)
-    rounded = replace(start, codes=_codes(weights.float(), start, factors, order))
+    rounded = replace(start, codes=_codes(weights.float(), start, factors))
     nearest = row_objective(weights, start, moments)
     reached = row_objective(weights, rounded, moments)
     kept = nearest < reached
@@ -74,11 +83,7 @@ def gptq(
         best = choose((plain < reached).unsqueeze(-1), fallback, best)
         kept, reached, nearest = kept | (plain < reached), torch.minimum(plain, reached), plain
     return GptqResult(
-        weights=best,
-        row_errors=reached,
-        nearest_objective=nearest.sum(-1),
-        damping=used,
-        rows_kept_nearest=kept.sum(-1),
+        weights=best, row_errors=reached, nearest_objective=nearest.sum(-1), rows_kept_nearest=kept.sum(-1)
     )
 
 
@@ -92,32 +97,31 @@ def row_objective(weights: Tensor, quantized: QuantizedWeights, moments: Tensor)
     return torch.stack(rows)
 
 
-def _factors(moments: Tensor, damping: float, activation_order: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(upper Cholesky factors of the inverses [E, K, K] float32, damping used [E], order of columns [E, K])."""
+def factorise(moments: Tensor, *, damping: float = 0.01, activation_order: bool = True) -> Factors:
+    """What every rounding of weights with inputs of these moments [E, K, K] needs.
+
+    Args:
+        moments: symmetric, at least positive semidefinite.
+        damping: added to the diagonal, as a share of its mean; raised tenfold until a moment factorises.
+        activation_order: columns in falling order of the diagonal, else as they are.
+    """
     factors, used, orders = [], [], []
     for moment in moments:
         h = moment.double()
-        diagonal = h.diagonal().clone()
-        order = (
-            torch.argsort(diagonal, descending=True, stable=True)
-            if activation_order
-            else torch.arange(len(h), device=h.device)
-        )
+        columns = torch.arange(len(h), device=h.device)
+        order = torch.argsort(h.diagonal(), descending=True, stable=True) if activation_order else columns
         h = h[order][:, order]
-        mean = diagonal.mean()
-        unit = float(mean) if float(mean) > 0 else 1.0
+        mean = float(h.diagonal().mean())
+        unit = mean if mean > 0 else 1.0
         share = damping
-        while True:
-            factor = _inverse_factor(h, share * unit)
-            if factor is not None or share > MAX_DAMPING:
-                break
+        while (factor := _inverse_factor(h, share * unit)) is None and share <= MAX_DAMPING:
             share = max(share * 10, 1e-6)
         if factor is None:  # inputs so ill-scaled that no damping helps: every column for itself
             factor = torch.eye(len(h), dtype=h.dtype, device=h.device)
         factors.append(factor.float())
         used.append(share)
         orders.append(order)
-    return torch.stack(factors), torch.tensor(used), torch.stack(orders)
+    return Factors(upper=torch.stack(factors), order=torch.stack(orders), damping=tuple(used))
 
 
 def _inverse_factor(h: Tensor, added: float) -> Tensor | None:
@@ -131,9 +135,10 @@ def _inverse_factor(h: Tensor, added: float) -> Tensor | None:
     return None if int(failed) or not bool(upper.isfinite().all()) else upper
 
 
-def _codes(weights: Tensor, start: QuantizedWeights, factors: Tensor, order: Tensor) -> Tensor:
+def _codes(weights: Tensor, start: QuantizedWeights, factors: Factors) -> Tensor:
     """Codes of all columns, in the weights' own order of columns."""
     experts, n, k = weights.shape
+    upper, order = factors.upper, factors.order
     gather = order.unsqueeze(1).expand(experts, n, k)
     work = weights.gather(2, gather)
     rounder = _Rounder(start, order)
@@ -141,7 +146,7 @@ def _codes(weights: Tensor, start: QuantizedWeights, factors: Tensor, order: Ten
     for first in range(0, k, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, k)
         block, errors = work[:, :, first:last], torch.empty(experts, n, last - first, device=work.device)
-        inner = factors[:, first:last, first:last]
+        inner = upper[:, first:last, first:last]
         for j in range(last - first):
             column = block[:, :, j]
             code, value = rounder(column, first + j)
@@ -149,7 +154,7 @@ def _codes(weights: Tensor, start: QuantizedWeights, factors: Tensor, order: Ten
             error = (column - value) / inner[:, j, j].unsqueeze(-1)
             block[:, :, j + 1 :].baddbmm_(error.unsqueeze(2), inner[:, j, j + 1 :].unsqueeze(1), alpha=-1)
             errors[:, :, j] = error
-        work[:, :, last:].baddbmm_(errors, factors[:, first:last, last:], alpha=-1)
+        work[:, :, last:].baddbmm_(errors, upper[:, first:last, last:], alpha=-1)
     raw = codes if codes.dtype is torch.uint8 else codes.view(torch.uint8)
     back = torch.empty_like(raw).scatter_(2, gather, raw)
     return back if codes.dtype is torch.uint8 else back.view(codes.dtype)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from allocator.calibration.experts import LinearStack, gated
+from allocator.calibration.grid import lowest_code
+from allocator.calibration.hadamard import Rotation
 from allocator.calibration.measures import Change, Measure
-from allocator.calibration.quantizer import Quantized, Quantizer
+from allocator.calibration.quantizer import Prepared, Quantized, Quantizer
 from allocator.calibration.statistics import Statistics, gather
 from allocator.calibration.visits import ExpertGroup, Rows, Visit
 from profiles.errors import SpecError
@@ -97,10 +99,14 @@ def quantized_stacks(
     """These experts' linear in each scheme. Schemes that round weights alike share the work."""
     weights = group.experts.base[linear].weights[experts.start : experts.stop]
     done: dict[object, Quantized] = {}
+    prepared: dict[Rotation | None, Prepared] = {}
     for scheme in schemes:
-        key = (scheme.weights, quantizer.rotation(scheme, weights.shape[-1]), scheme.math.name == "E4M3")
+        rotation = quantizer.rotation(scheme, weights.shape[-1])
+        if rotation not in prepared:
+            prepared[rotation] = quantizer.prepare(statistics.moments[linear], statistics.counts, rotation)
+        key = (scheme.weights, rotation, lowest_code(scheme))
         if key not in done:
-            done[key] = quantizer.quantize(weights, scheme, statistics.moments[linear], statistics.counts)
+            done[key] = quantizer.quantize(weights, scheme, prepared[rotation], statistics.counts)
         yield scheme, done[key].of(scheme)
 
 

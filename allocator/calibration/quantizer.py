@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from allocator.calibration.experts import LinearStack
-from allocator.calibration.gptq import gptq, row_objective
+from allocator.calibration.gptq import Factors, factorise, gptq, row_objective
 from allocator.calibration.grid import nearest
 from allocator.calibration.hadamard import Rotation
 from kernel_gen.formats import QuantizedWeights, dequantize
@@ -57,46 +58,80 @@ class Quantizer:
         """What turns the inputs of a linear in this scheme."""
         return Rotation(k=k, seed=self.seed) if self.rotate and scheme.input_activations is not None else None
 
-    def quantize(self, weights: Tensor, scheme: QuantScheme, moments: Tensor, counts: list[int]) -> Quantized:
+    def prepare(self, moments: Tensor, counts: Sequence[int], rotation: Rotation | None = None) -> Prepared:
+        """What all schemes of one rotation share.
+
+        Args:
+            moments: second moments of the inputs, [E, K, K], not rotated.
+            counts: tokens behind each expert's.
+            rotation: of the inputs.
+        """
+        moments = moments.float()
+        seen = torch.tensor([count > 0 for count in counts], device=moments.device)
+        if not bool(seen.all()):
+            moments = torch.where(seen.view(-1, 1, 1), moments, torch.eye(moments.shape[-1], device=moments.device))
+        if rotation is not None:
+            moments = rotation.apply_both(moments)
+        importance = moments.diagonal(dim1=-2, dim2=-1)
+        importance = importance + 1e-6 * importance.mean(-1, keepdim=True) + 1e-30
+        factors = None
+        if self.method is Method.GPTQ:
+            factors = factorise(moments, damping=self.damping, activation_order=self.activation_order)
+        return Prepared(moments=moments, importance=importance, seen=seen, rotation=rotation, factors=factors)
+
+    def quantize(
+        self, weights: Tensor, scheme: QuantScheme, moments: Tensor | Prepared, counts: Sequence[int]
+    ) -> Quantized:
         """A stack of experts.
 
         Args:
             weights: [E, N, K] floats.
             scheme: what to.
-            moments: second moments of the inputs, [E, K, K], not rotated.
+            moments: second moments of the inputs, [E, K, K], not rotated; or what `prepare` made of them.
             counts: tokens behind each; an expert without any is rounded to nearest, ranges and all from its weights
                 alone.
         """
         rotation = self.rotation(scheme, weights.shape[-1])
-        values = weights.float()
-        moments = moments.float()
-        if rotation is not None:
-            values, moments = rotation.apply(values), rotation.apply_both(moments)
-        importance = moments.diagonal(dim1=-2, dim2=-1).clone()
-        seen = torch.tensor([count > 0 for count in counts], device=values.device)
-        importance[~seen] = 1.0
-        importance += 1e-6 * importance.mean(-1, keepdim=True) + 1e-30
-        start = nearest(values, scheme, importance, clip=self.clip)
-        if self.method is Method.RTN or scheme.weights is None:
-            plain = row_objective(values, start, moments)
-            return Quantized(weights=start, rotation=rotation, row_errors=plain, nearest_objective=plain.sum(-1))
-        moments = torch.where(seen.view(-1, 1, 1), moments, torch.eye(values.shape[-1], device=values.device))
-        result = gptq(
-            values,
-            moments,
-            start,
-            fallback=nearest(values, scheme, clip=False) if self.clip else None,
-            damping=self.damping,
-            activation_order=self.activation_order,
-        )
-        raised = tuple(int(e) for e in torch.nonzero(result.damping > self.damping * 1.5).flatten().tolist())
+        ready = moments if isinstance(moments, Prepared) else self.prepare(moments, counts, rotation)
+        if ready.rotation != rotation:
+            raise SpecError(f"{scheme.name}: moments were prepared for another rotation")
+        values = weights.float() if rotation is None else rotation.apply(weights.float())
+        start = nearest(values, scheme, ready.importance, clip=self.clip)
+        if ready.factors is None or scheme.weights is None:
+            errors = ready.zeroed(row_objective(values, start, ready.moments))
+            return Quantized(weights=start, rotation=rotation, row_errors=errors, nearest_objective=errors.sum(-1))
+        plain = nearest(values, scheme, clip=False) if self.clip else None
+        result = gptq(values, ready.moments, start, ready.factors, fallback=plain)
+        raised = tuple(e for e, share in enumerate(ready.factors.damping) if share > self.damping)
         return Quantized(
             weights=result.weights,
             rotation=rotation,
-            row_errors=result.row_errors,
+            row_errors=ready.zeroed(result.row_errors),
             nearest_objective=result.nearest_objective,
             damping_raised=raised,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """Second moments as roundings use them: rotated, with the identity for experts without tokens.
+
+    Attributes:
+        moments: [E, K, K]; importance: their diagonals, never 0, [E, K].
+        seen: experts with tokens, bool [E].
+        rotation: that they are rotated by.
+        factors: GPTQ's.
+    """
+
+    moments: Tensor
+    importance: Tensor
+    seen: Tensor
+    rotation: Rotation | None
+    factors: Factors | None
+
+    def zeroed(self, row_errors: Tensor) -> Tensor:
+        """[E, N], 0 for experts without tokens: they made no error at any."""
+        return row_errors * self.seen.unsqueeze(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from allocator.calibration.experts import LinearStack
-from allocator.calibration.gptq import gptq, row_objective
+from allocator.calibration.gptq import factorise, gptq, row_objective
 from allocator.calibration.grid import nearest
 from allocator.calibration.hadamard import Rotation
 from allocator.calibration.quantizer import Method, Quantizer
@@ -66,7 +66,7 @@ def test_gptq_is_the_float64_reference(name: str, problem: tuple[Tensor, Tensor]
     weights, moments = problem
     scheme = schemes.parse(name)
     start = quantize(weights, scheme)
-    result = gptq(weights, moments, start)
+    result = gptq(weights, moments, start, factorise(moments))
     assert start.scales is not None
     zeros = torch.full_like(start.scales, 2.0 ** (scheme.weight_bits - 1)) if start.zeros is None else start.zeros
     group = K if scheme.group_size == -1 else scheme.group_size
@@ -111,7 +111,7 @@ def test_adversarial_moments_do_not_make_gptq_worse() -> None:
         "ill-scaled": torch.diag_embed(torch.logspace(-15, 15, 128)).expand(4, -1, -1),
     }
     for moments in cases.values():
-        result = gptq(weights, moments, quantize(weights, scheme), damping=0.0)
+        result = gptq(weights, moments, quantize(weights, scheme), factorise(moments, damping=0.0))
         assert bool(dequantize(result.weights).isfinite().all())
         assert (result.row_errors.sum(-1) <= result.nearest_objective).all()
 
