@@ -7,6 +7,7 @@ of H's diagonal; scales and zero points are fixed beforehand (grid.py), so that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +44,7 @@ class GptqResult:
     Attributes:
         weights: codes, scales, zero points.
         row_errors: d H d^T of every row's error d, float64 [E, N].
-        nearest_objective: their sums, had all rows been rounded to nearest, [E].
+        nearest_objective: their sums, had all rows been rounded to nearest on the first grid, [E].
         rows_kept_nearest: rows of each expert where rounding to nearest was better, [E].
     """
 
@@ -53,37 +54,31 @@ class GptqResult:
     rows_kept_nearest: Tensor
 
 
-def gptq(
-    weights: Tensor,
-    moments: Tensor,
-    start: QuantizedWeights,
-    factors: Factors,
-    *,
-    fallback: QuantizedWeights | None = None,
-) -> GptqResult:
-    """Round weights [E, N, K] on the grid of `start`.
+def gptq(weights: Tensor, moments: Tensor, starts: Sequence[QuantizedWeights], factors: Factors) -> GptqResult:
+    """Round weights [E, N, K], each row on the grid of one of `starts`.
 
     Args:
         weights: floats.
         moments: H, [E, K, K], symmetric, at least positive semidefinite.
-        start: weights rounded to nearest, whose scales and zero points are the grid.
+        starts: weights rounded to nearest, whose scales and zero points are the grids.
         factors: of the moments.
-        fallback: another rounding that no row may be worse than, with scales of its own.
 
-    No row is worse than `start` or `fallback` in this objective: where it would be, theirs is kept.
+    Each row takes what is best in this objective of GPTQ on every grid and of every start itself, so that none is worse
+    than rounding to nearest, nor than with fewer grids.
     """
-    rounded = replace(start, codes=_codes(weights.float(), start, factors))
-    nearest = row_objective(weights, start, moments)
-    reached = row_objective(weights, rounded, moments)
-    kept = nearest < reached
-    best = choose(kept.unsqueeze(-1), start, rounded)
-    reached = torch.minimum(nearest, reached)
-    if fallback is not None:
-        plain = row_objective(weights, fallback, moments)
-        best = choose((plain < reached).unsqueeze(-1), fallback, best)
-        kept, reached, nearest = kept | (plain < reached), torch.minimum(plain, reached), plain
+    best, least, is_start = starts[0], row_objective(weights, starts[0], moments), None
+    nearest = least
+    for start in starts:
+        rounded = replace(start, codes=_codes(weights.float(), start, factors))
+        for candidate, plain in ((start, True), (rounded, False)):
+            errors = row_objective(weights, candidate, moments)
+            better = errors < least
+            best = choose(better.unsqueeze(-1), candidate, best)
+            least = torch.minimum(errors, least)
+            is_start = torch.ones_like(better) if is_start is None else torch.where(better, plain, is_start)
+    assert is_start is not None
     return GptqResult(
-        weights=best, row_errors=reached, nearest_objective=nearest.sum(-1), rows_kept_nearest=kept.sum(-1)
+        weights=best, row_errors=least, nearest_objective=nearest.sum(-1), rows_kept_nearest=is_start.sum(-1)
     )
 
 

@@ -1,8 +1,9 @@
 """The grid that weights are rounded to: each group's scale and zero point, from its range or from a narrower one.
 
 Clipping search: for each group (or channel), ranges of decreasing share of the full one; the share whose rounding
-error, weighted by how much each input matters, is least. Scales, zero points and codes are kernel_gen.formats' own, so
-that what is chosen here is what a kernel reads.
+error changes the output least, other groups aside: d H d^T for the group's error d and its block H of the inputs'
+second moment. Scales, zero points and codes are kernel_gen.formats' own, so that what is chosen here is what a
+kernel reads.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from profiles.schemes import NumericType, QuantScheme
 CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 
 
-def nearest(weights: Tensor, scheme: QuantScheme, importance: Tensor | None = None, *, clip: bool) -> QuantizedWeights:
+def nearest(weights: Tensor, scheme: QuantScheme, moments: Tensor | None = None, *, clip: bool) -> QuantizedWeights:
     """Weights [E, N, K] rounded to nearest.
 
     Args:
         weights: floats, finite.
         scheme: what to round to; w16a16 and e4m3 are not clipped (their range is not what limits them).
-        importance: [E, K], what a unit error of a weight of this input costs; None: the same for all.
+        moments: second moments of the inputs, [E, K, K], whose blocks weigh the errors of a group; None: the identity.
         clip: search for narrower ranges.
     """
     best = quantize(weights, scheme)
@@ -33,13 +34,13 @@ def nearest(weights: Tensor, scheme: QuantScheme, importance: Tensor | None = No
     if not clip or spec is None or spec.type is NumericType.FLOAT or best.scales is None:
         return best
     group = spec.group_size or weights.shape[-1]
-    cost = torch.ones_like(weights[:, :1, :]) if importance is None else importance.to(weights).unsqueeze(1)
+    blocks = _blocks(weights, moments, group)
     low, high = _ranges(weights, group)
-    least = _group_errors(weights, best, cost, group)
+    least = _group_errors(weights, best, blocks)
     for share in CLIP_SHARES[1:]:
         clipped = weights.clamp(_spread(low * share, weights, group), _spread(high * share, weights, group))
         trial = quantize(clipped, scheme)
-        errors = _group_errors(weights, trial, cost, group)
+        errors = _group_errors(weights, trial, blocks)
         better = errors < least
         least = torch.where(better, errors, least)
         best = choose(better, trial, best)
@@ -83,8 +84,22 @@ def _spread(of_groups: Tensor, like: Tensor, group: int) -> Tensor:
     return of_groups.repeat_interleave(group, dim=-1)[..., : like.shape[-1]]
 
 
-def _group_errors(weights: Tensor, quantized: QuantizedWeights, cost: Tensor, group: int) -> Tensor:
-    """Weighted squared rounding error of each group, [E, N, groups]."""
-    squares = (dequantize(quantized).to(weights) - weights).square_().mul_(cost)
-    padded = torch.nn.functional.pad(squares, (0, -squares.shape[-1] % group))
-    return padded.reshape(*squares.shape[:-1], -1, group).sum(-1)
+def _blocks(weights: Tensor, moments: Tensor | None, group: int) -> Tensor:
+    """The moments' diagonal blocks, [E, groups, group, group]; zeros where the last group is a short one."""
+    experts, _, k = weights.shape
+    if moments is None:
+        moments = torch.eye(k, device=weights.device, dtype=weights.dtype).expand(experts, k, k)
+    padding = -k % group
+    padded = torch.nn.functional.pad(moments.to(weights), (0, padding, 0, padding))
+    number = (k + padding) // group
+    split = padded.reshape(experts, number, group, number, group)
+    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+
+
+def _group_errors(weights: Tensor, quantized: QuantizedWeights, blocks: Tensor) -> Tensor:
+    """d H d^T of each group's rounding error d, [E, N, groups]."""
+    errors = dequantize(quantized).to(weights) - weights
+    experts, n, k = errors.shape
+    _, number, group, _ = blocks.shape
+    padded = torch.nn.functional.pad(errors, (0, number * group - k)).view(experts, n, number, group).transpose(1, 2)
+    return ((padded @ blocks) * padded).sum(-1).transpose(1, 2)

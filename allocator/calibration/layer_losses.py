@@ -32,7 +32,7 @@ class LayerNotes:
 
     Attributes:
         never_routed: experts that no token of the data reached.
-        few_tokens: experts with fewer tokens than an input has features, and how many.
+        few_tokens: experts with fewer tokens than a linear's inputs have features, and how many.
         damping_raised: (expert, linear, scheme) whose second moments needed more damping than asked.
     """
 
@@ -203,7 +203,7 @@ class _Exact:
 
 
 def _note_tokens(group: ExpertGroup, notes: LayerNotes) -> None:
-    features = group.experts.base[Linear.GATE_UP].weights.shape[2]
+    features = max(group.experts.base[linear].weights.shape[2] for linear in Linear)
     for expert in range(group.experts.num_experts):
         count = group.count(expert)
         if count == 0:

@@ -72,12 +72,10 @@ class Quantizer:
             moments = torch.where(seen.view(-1, 1, 1), moments, torch.eye(moments.shape[-1], device=moments.device))
         if rotation is not None:
             moments = rotation.apply_both(moments)
-        importance = moments.diagonal(dim1=-2, dim2=-1)
-        importance = importance + 1e-6 * importance.mean(-1, keepdim=True) + 1e-30
         factors = None
         if self.method is Method.GPTQ:
             factors = factorise(moments, damping=self.damping, activation_order=self.activation_order)
-        return Prepared(moments=moments, importance=importance, seen=seen, rotation=rotation, factors=factors)
+        return Prepared(moments=moments, seen=seen, rotation=rotation, factors=factors)
 
     def quantize(
         self, weights: Tensor, scheme: QuantScheme, moments: Tensor | Prepared, counts: Sequence[int]
@@ -96,12 +94,12 @@ class Quantizer:
         if ready.rotation != rotation:
             raise SpecError(f"{scheme.name}: moments were prepared for another rotation")
         values = weights.float() if rotation is None else rotation.apply(weights.float())
-        start = nearest(values, scheme, ready.importance, clip=self.clip)
+        start = nearest(values, scheme, ready.moments, clip=self.clip)
         if ready.factors is None or scheme.weights is None:
             errors = ready.zeroed(row_objective(values, start, ready.moments))
             return Quantized(weights=start, rotation=rotation, row_errors=errors, nearest_objective=errors.sum(-1))
-        plain = nearest(values, scheme, clip=False) if self.clip else None
-        result = gptq(values, ready.moments, start, ready.factors, fallback=plain)
+        starts = [nearest(values, scheme, clip=False), start] if self.clip else [start]
+        result = gptq(values, ready.moments, starts, ready.factors)
         raised = tuple(e for e, share in enumerate(ready.factors.damping) if share > self.damping)
         return Quantized(
             weights=result.weights,
@@ -117,14 +115,13 @@ class Prepared:
     """Second moments as roundings use them: rotated, with the identity for experts without tokens.
 
     Attributes:
-        moments: [E, K, K]; importance: their diagonals, never 0, [E, K].
+        moments: [E, K, K].
         seen: experts with tokens, bool [E].
         rotation: that they are rotated by.
         factors: GPTQ's.
     """
 
     moments: Tensor
-    importance: Tensor
     seen: Tensor
     rotation: Rotation | None
     factors: Factors | None

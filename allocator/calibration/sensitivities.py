@@ -170,9 +170,8 @@ def describe(notes: Mapping[int, LayerNotes]) -> list[str]:
         if note.few_tokens:
             worst = min(note.few_tokens, key=lambda expert: note.few_tokens[expert])
             lines.append(
-                f"layer {layer}: {len(note.few_tokens)} experts got fewer tokens than their inputs have features"
-                f" ({_experts(sorted(note.few_tokens))}; the least, {note.few_tokens[worst]}, expert {worst}); more"
-                " data would make GPTQ and their losses surer"
+                f"layer {layer}: fewer tokens than inputs have features for {_experts(sorted(note.few_tokens))} (the"
+                f" least, {note.few_tokens[worst]}, for {_experts([worst])}); more data makes GPTQ and losses surer"
             )
         if note.damping_raised:
             experts = sorted({expert for expert, _, _ in note.damping_raised})
