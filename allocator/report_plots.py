@@ -60,7 +60,7 @@ def front_figure(data: ReportData) -> Figure:
             axes.set_yscale("log")
         else:
             axes.set_yscale("symlog", linthresh=min(positive))
-            axes.set_ylim(bottom=min(0.0, *losses) - min(positive) / 2)
+            axes.set_ylim(min(0.0, *losses) - min(positive) / 2, 2 * max(positive))
     axes.set_xlabel("stored bits per weight (scales and zero points counted)")
     axes.set_ylabel(f"predicted loss: {allocation.sensitivity.get('metric', 'loss')}", wrap=True)
     axes.grid(alpha=0.25)
@@ -73,7 +73,7 @@ def front_figure(data: ReportData) -> Figure:
 def _labels(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Names beside their points; of those close in bits, above and below by turns."""
     last, turn = -np.inf, 0
-    for name, (x, y) in sorted(points.items(), key=lambda item: item[1]):
+    for name, (x, y) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
         turn = (turn + 1) % 3 if x - last < 1.2 else 0
         last = x
         axes.annotate(

@@ -53,7 +53,7 @@ def test_projection_is_the_best_that_can_be_told(engine: Engine, native: Allocat
         found = project(allocate(a_sensitivity(), a_cost_table(), budget), target, a_sensitivity(), a_cost_table())
         best = float("inf")
         for choice in itertools.product(possible, repeat=len(loss)):
-            bits = [scheme.bits_per_weight(2048 if scheme.group_size > 0 else 2048) for scheme in choice]
+            bits = [scheme.bits_per_weight(2048) for scheme in choice]
             if sum(bits) / len(bits) <= 8.05:  # channel scales of `down` (k = 1024) weigh a little more
                 best = min(best, sum(loss.loc[layer, s.name] for layer, s in zip(loss.index, choice, strict=True)))
         assert found.exported.predicted_loss == pytest.approx(best, rel=1e-9)
@@ -125,7 +125,7 @@ def test_gptq_rules_say_the_allocation() -> None:
 
 def test_modelopt_names_every_module() -> None:
     names = list(MODELOPT_ALGORITHMS)
-    native = uniform_in_layers({i: name for i, name in enumerate([*names, "w16a16"])})
+    native = uniform_in_layers(dict(enumerate([*names, "w16a16"])))
     said = modelopt.config(native, QWEN)["quantization"]
     assert len(said["quantized_layers"]) == len(names) * 5 * 3
     for i, name in enumerate(names):
