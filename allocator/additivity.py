@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from allocator.extras import require_models
 from allocator.sensitivity import Sensitivity
-from allocator.trace import add_data_options, check_batch_size
+from allocator.trace import add_data_options, check_batch_size, check_output
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
 
@@ -41,8 +41,8 @@ def _run(arguments: argparse.Namespace) -> Additivity:
     from allocator.calibration.quantizer import Method, Quantizer
 
     for option, path in (("--out", arguments.out), ("--corrected", arguments.corrected)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise SpecError(f"{option} {path}: its folder does not exist")
+        if path is not None:
+            check_output(option, path)
     check_batch_size(arguments.batch_size)
     low, high = _range(arguments.bits)
     options = CheckOptions(
@@ -63,6 +63,7 @@ def _run(arguments: argparse.Namespace) -> Additivity:
             length=arguments.sequence_length,
             number=arguments.num_sequences,
             seed=arguments.seed,
+            max_length=model.max_length,
         )
         for file in (arguments.held_out, arguments.data)
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.extras import require_models
-from allocator.trace import add_data_options, check_batch_size
+from allocator.trace import add_data_options, check_batch_size, check_output
 from profiles import schemes
 from profiles.atomic import replacing
-from profiles.errors import DataError, SpecError, UserError
+from profiles.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from allocator.calibration.sensitivities import Calibration
@@ -48,8 +48,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Calibration, list[str]]:
     from allocator.calibration.sensitivities import calibrate, describe
 
     out: Path = arguments.out
-    if not out.absolute().parent.is_dir():
-        raise SpecError(f"--out {out}: its folder does not exist")
+    check_output("--out", out)
     check_batch_size(arguments.batch_size)
     measure = measure_of(arguments.measure)
     names = list(dict.fromkeys(arguments.schemes.split(",")))
@@ -72,6 +71,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Calibration, list[str]]:
         length=arguments.sequence_length,
         number=arguments.num_sequences,
         seed=arguments.seed,
+        max_length=model.max_length,
     )
     partial = Partial(out, fingerprint(model, sequences.tokens, [measure.name], options, arguments.seed))
     progress = None if arguments.quiet else lambda line: print(line, file=sys.stderr, flush=True)

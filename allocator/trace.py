@@ -38,8 +38,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Routing, tuple[str, ...]]:
     from allocator.calibration.routing import trace
 
     out: Path = arguments.out
-    if not out.absolute().parent.is_dir():
-        raise SpecError(f"--out {out}: its folder does not exist")
+    check_output("--out", out)
     if out.suffix not in (".json", ".parquet"):
         raise SpecError(f"--out {out}: a trace ends in .json or .parquet")
     plot: Path = arguments.plot or out.with_suffix(".png")
@@ -53,6 +52,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Routing, tuple[str, ...]]:
         length=arguments.sequence_length,
         number=arguments.num_sequences,
         seed=arguments.seed,
+        max_length=model.max_length,
     )
     progress = None if arguments.quiet else lambda line: print(line, file=sys.stderr, flush=True)
     routing = trace(model, sequences, batch_size=arguments.batch_size, progress=progress)
@@ -107,6 +107,14 @@ def report(routing: Routing, notes: Sequence[str], arguments: argparse.Namespace
 
 def _listed(experts: Sequence[int], most: int = 8) -> str:
     return ", ".join(str(expert) for expert in experts[:most]) + (", ..." if len(experts) > most else "")
+
+
+def check_output(option: str, path: Path) -> None:
+    """SpecError unless a file can be put there."""
+    if not path.absolute().parent.is_dir():
+        raise SpecError(f"{option} {path}: its folder does not exist")
+    if path.is_dir():
+        raise SpecError(f"{option} {path}: it is a folder; name a file")
 
 
 def check_batch_size(size: int) -> None:

@@ -6,6 +6,6 @@ data                           text or token ids -> sequences
 routing, skew                  the trace and its picture
 hadamard, grid, gptq, quantizer    weights -> kernel_gen.formats.QuantizedWeights
 visits, statistics             every MoE layer in turn with its activations, gradients, Hessians
-measures, sensitivities, partial   changes of the output -> Sensitivity; resumable
-streams, measured, additivity      what whole allocations cost, measured; predicted against measured
+measures, layer_losses, sensitivities, partial    changes of the output -> Sensitivity; resumable
+streams, measured, additivity, check    what whole allocations cost, measured; predicted against measured
 """

@@ -32,12 +32,20 @@ class Sequences:
 
 
 def read_sequences(
-    path: str | Path, checkpoint: Path, *, vocab_size: int, length: int = 2048, number: int = 128, seed: int = 0
+    path: str | Path,
+    checkpoint: Path,
+    *,
+    vocab_size: int,
+    length: int = 2048,
+    number: int = 128,
+    seed: int = 0,
+    max_length: int | None = None,
 ) -> Sequences:
     """Sequences cut from a file without overlap; of more than `number`, those that the seed picks, in the file's order.
 
-    A file of fewer than `length` tokens gives one shorter sequence, and a note. An .npy is [tokens], or
-    [sequences, length] of whole sequences, which are then cut or left as they are.
+    A model with positions for fewer than `length` tokens gets sequences of `max_length`, and a file of fewer tokens
+    gives one shorter sequence; either with a note. An .npy is [tokens], or [sequences, length] of whole sequences,
+    which are then cut or left as they are.
 
     Raises:
         SpecError: a length or number that cannot be. DataError: nothing to read, ids outside the vocabulary, or no
@@ -55,13 +63,21 @@ def read_sequences(
         raise DataError(
             f"{file}: token id {wrong} is outside the model's vocabulary of {vocab_size}; other tokens are needed"
         )
-    return _cut(ids, file, length, number, seed)
+    notes = []
+    if max_length is not None and max_length < length:
+        notes.append(f"the model has positions for {max_length} tokens; sequences are as long, not {length}")
+        length = max_length
+    return _cut(ids, file, length, number, seed, notes)
 
 
 def _cut(
-    ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]], file: Path, length: int, number: int, seed: int
+    ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    file: Path,
+    length: int,
+    number: int,
+    seed: int,
+    notes: list[str],
 ) -> Sequences:
-    notes: list[str] = []
     if ids.ndim == 2 and ids.shape[1] < length:
         length = ids.shape[1]
         notes.append(f"{file.name} holds sequences of {length} tokens; none is longer")

@@ -44,6 +44,7 @@ class StreamedModel:
         adapter: what its architecture needs.
         device, dtype: where and in what it runs.
         vocab_size: token ids are below it.
+        max_length: most tokens of a sequence; None if the model does not say.
         num_layers: decoder layers, dense ones too.
         moe_layers: indices of those with routed experts.
     """
@@ -65,7 +66,7 @@ class StreamedModel:
         self.checkpoint = Checkpoint(folder)
         self.adapter: MoeAdapter = adapter_of(self.checkpoint.model_type)
         self.shape: MoeShape = model_from_config(self.checkpoint.folder)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self._model = _without_weights(self.checkpoint.folder)
         self._base: nn.Module = self._model.get_submodule(_TOP.rstrip("."))
@@ -75,6 +76,7 @@ class StreamedModel:
         self._layers_kept = max(1, layers_kept)
         config: Any = self._model.config
         self.vocab_size = int(config.vocab_size)
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.num_layers = len(self._layers)
         self.moe_layers = tuple(i for i, layer in enumerate(self._layers) if self.adapter.block(layer) is not None)
         self._load_top()
@@ -183,6 +185,15 @@ class StreamedModel:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if tensor.is_meta:
                 raise DataError(f"{self.checkpoint.folder}: layer {index} has no tensor {name} in the checkpoint")
+
+
+def _device(name: str | None) -> torch.device:
+    """SpecError for a GPU where torch sees none."""
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+    if device.type == "cuda" and not has_gpu:
+        raise SpecError(f"device {name}: torch {torch.__version__} sees no GPU here; leave it out to run on the CPU")
+    return device
 
 
 class _Watcher(nn.Module):

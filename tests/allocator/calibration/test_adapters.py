@@ -81,6 +81,26 @@ def test_other_forms_on_disk_are_the_same_model(
     )
 
 
+def test_a_tied_head_is_the_embedding(tokens: Tensor, tmp_path: Path) -> None:
+    config = transformers.OlmoeConfig(
+        **tiny.SIZES, intermediate_size=32, num_experts=8, num_experts_per_tok=2, tie_word_embeddings=True
+    )
+    folder = tiny.save(config, tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = whole(tokens).logits
+    torch.testing.assert_close(streamed_logits(StreamedModel(folder), tokens), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_routing_keeps_its_precision(checkpoints: dict[str, Path]) -> None:
+    layer = StreamedModel(checkpoints["deepseek_v3"], dtype=torch.bfloat16).layer(1)
+    assert layer.block is not None
+    gate = layer.block.get_submodule("gate")
+    assert gate.get_buffer("e_score_correction_bias").dtype == torch.float32
+    assert gate.get_parameter("weight").dtype == torch.bfloat16
+
+
 def test_shards_are_one_model(tokens: Tensor, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = tiny.save(tiny.CONFIGS["mixtral"], tmp_path / "sharded", shard="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2

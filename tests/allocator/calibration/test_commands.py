@@ -155,6 +155,9 @@ def test_more_data_than_asked_is_sampled_by_the_seed(tmp_path: Path) -> None:
     assert (first[:, 0] % 10 == 0).all()
     assert (first.diff(dim=1) == 1).all()
     assert (first[:, 0].diff() > 0).all()
+    short = read_sequences(path, tmp_path, vocab_size=1000, length=10, number=5, max_length=8)
+    assert short.tokens.shape == (5, 8)
+    assert short.notes == ("the model has positions for 8 tokens; sequences are as long, not 10",)
     whole = tmp_path / "rows.npy"
     np.save(whole, np.arange(60).reshape(3, 20))
     read = read_sequences(whole, tmp_path, vocab_size=60, length=30, number=3)
@@ -184,6 +187,7 @@ def refusals(tmp_path: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no model": (arguments(tmp_path / "none", good, out), "no such folder"),
         "no data": (arguments(folder, tmp_path / "none.txt", out), "no such file; --data takes"),
+        "a folder for out": (arguments(folder, good, tmp_path), "it is a folder; name a file"),
         "no folder for out": (arguments(folder, good, tmp_path / "no" / "o.parquet"), "its folder does not exist"),
         "beyond the vocabulary": (
             arguments(folder, beyond, out),
@@ -236,6 +240,14 @@ def test_bad_options_of_calibrate(
     assert trace.main(arguments(checkpoints["olmoe"], ids, tmp_path / "t.json", "--plot", "x.xyz")) == 2
     assert "a picture ends in" in capsys.readouterr().err
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(
+    checkpoints: dict[str, Path], ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trace.main(arguments(checkpoints["olmoe"], ids, tmp_path / "t.json", "--device", "cuda")) == 2
+    assert "sees no GPU here" in capsys.readouterr().err
 
 
 def test_batch_size_must_be_positive(checkpoints: dict[str, Path], ids: Path, tmp_path: Path) -> None:
