@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from allocator.allocation import Allocation
 from allocator.calibration.data import Sequences, read_sequences
 from allocator.calibration.model import StreamedModel
@@ -75,6 +77,9 @@ def open_evaluator(arguments: argparse.Namespace) -> tuple[Evaluator, Sequences,
     """The evaluator of a command's options, and its texts."""
     if arguments.batch_size < 1:
         raise SpecError(f"--batch-size {arguments.batch_size}: at least 1 is needed")
+    if arguments.threads < 1:
+        raise SpecError(f"--threads {arguments.threads}: at least 1 is needed")
+    torch.set_num_threads(arguments.threads)
     model = open_model(arguments.model, arguments.device, stream=arguments.stream)
     held_out, calibration = read_texts(
         model,

@@ -94,5 +94,21 @@ PRESETS = {
         learning_rate=3e-3,
         num_eval_tokens=1 << 18,
     ),
+    "wide": Preset(
+        num_layers=6,
+        hidden_size=512,
+        intermediate_size=512,
+        shared_intermediate_size=128,
+        num_heads=8,
+        vocab_size=2048,
+        sequence_length=512,
+        batch_size=64,
+        num_steps=4000,
+        max_passes=12,
+        max_minutes=8,
+        learning_rate=2e-3,
+        num_eval_tokens=1 << 18,
+    ),
 }
-"""`ci`: two minutes on two CPU cores. `small`: minutes on any GPU. `full`: minutes on a large one."""
+"""`ci`: two minutes on two CPU cores. `small`: minutes on any GPU. `full`: minutes on a large one. `wide`: longer rows, so
+that schemes with one scale a channel are cheaper than those with groups."""

@@ -162,6 +162,7 @@ def test_the_command_says_what_the_library_does(evaluator: Evaluator, folder: Pa
         (("--scheme", "w5a16"), "unknown scheme 'w5a16'"),
         (("--data", "missing.txt"), "missing.txt: no such file"),
         (("--batch-size", "0"), "--batch-size 0"),
+        (("--threads", "0"), "--threads 0"),
         (("--tasks", "arc"), "lm-eval"),
         (("--allocation", "missing.json"), "missing.json"),
     ],
