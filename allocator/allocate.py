@@ -42,8 +42,11 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Blocks:
-    """One row a linear. loss, bits: [B, S]; latency_us: [B, S, scenarios] (inf: no kernel); sizes: parameters [B]."""
+class Blocks:
+    """The problem as arrays, one row a linear.
+
+    loss, bits: [B, S]; latency_us: [B, S, scenarios] (inf: no kernel); sizes: parameters [B].
+    """
 
     ids: tuple[LinearId, ...]
     schemes: tuple[QuantScheme, ...]
@@ -79,7 +82,7 @@ def allocate(
     """
     options = options or Options()
     shape = shape or find_model(sensitivity.model)
-    blocks = _blocks(sensitivity, cost_table, shape, budget)
+    blocks = blocks_of(sensitivity, cost_table, shape, budget)
     total_weights = float(blocks.sizes.sum())
     avg_bits = budget.avg_weight_bits
     if budget.weight_bytes is not None:
@@ -97,7 +100,7 @@ def allocate(
         sizes=blocks.sizes,
         allowed=_allowed(blocks, options),
         pinned=_pins(blocks, options.pinned),
-        groups=_groups(blocks.ids, options.granularity),
+        groups=groups_of(blocks.ids, options.granularity),
         layers=layers if budget.per_layer else None,
         launches=None if at_most is None else _launches(blocks.ids, options.granularity),
         max_schemes=at_most,
@@ -107,7 +110,8 @@ def allocate(
     return _allocation(sensitivity, cost_table, budget, options, blocks, solution)
 
 
-def _blocks(sensitivity: Sensitivity, cost_table: CostTable | None, shape: MoeShape, budget: Budget) -> _Blocks:
+def blocks_of(sensitivity: Sensitivity, cost_table: CostTable | None, shape: MoeShape, budget: Budget) -> Blocks:
+    """What the solver is given: losses (inf: not offered), bits, latencies. It raises what `allocate` does."""
     ids, schemes, loss = sensitivity.arrays()
     bits, sizes = np.empty_like(loss), np.empty(len(ids))
     for i, block in enumerate(ids):
@@ -120,7 +124,7 @@ def _blocks(sensitivity: Sensitivity, cost_table: CostTable | None, shape: MoeSh
     scenarios, latency = _latencies(ids, schemes, cost_table, shape, budget)
     runnable = np.ones_like(loss, dtype=np.bool_) if cost_table is None else np.isfinite(latency).any(axis=2)
     loss = np.where(runnable, loss, np.inf)
-    return _Blocks(ids=ids, schemes=schemes, scenarios=scenarios, loss=loss, bits=bits, latency_us=latency, sizes=sizes)
+    return Blocks(ids=ids, schemes=schemes, scenarios=scenarios, loss=loss, bits=bits, latency_us=latency, sizes=sizes)
 
 
 def _latencies(
@@ -165,7 +169,8 @@ def _labels(keys: Iterable[object]) -> Ints:
     return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
 
 
-def _groups(ids: tuple[LinearId, ...], granularity: Granularity) -> Ints | None:
+def groups_of(ids: tuple[LinearId, ...], granularity: Granularity) -> Ints | None:
+    """Which linears get one scheme, as equal integers; None: each its own."""
     if granularity is Granularity.LINEAR:
         return None
     if granularity is Granularity.PROJECTION:
@@ -184,7 +189,7 @@ def _launches(ids: tuple[LinearId, ...], granularity: Granularity) -> Ints:
     return _labels((i.layer, _launch_name(i)) for i in ids)
 
 
-def _allowed(blocks: _Blocks, options: Options) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]] | None:
+def _allowed(blocks: Blocks, options: Options) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]] | None:
     if options.schemes is None:
         return None
     unknown = [scheme.name for scheme in options.schemes if scheme not in blocks.schemes]
@@ -196,7 +201,7 @@ def _allowed(blocks: _Blocks, options: Options) -> np.ndarray[tuple[int, ...], n
     return np.array([scheme in options.schemes for scheme in blocks.schemes])
 
 
-def _pins(blocks: _Blocks, pinned: Mapping[LinearId, QuantScheme]) -> Ints | None:
+def _pins(blocks: Blocks, pinned: Mapping[LinearId, QuantScheme]) -> Ints | None:
     if not pinned:
         return None
     index = {block: i for i, block in enumerate(blocks.ids)}
@@ -216,7 +221,7 @@ def _allocation(
     cost_table: CostTable | None,
     budget: Budget,
     options: Options,
-    blocks: _Blocks,
+    blocks: Blocks,
     solution: Solution,
 ) -> Allocation:
     rows = np.arange(len(blocks.ids))
@@ -252,7 +257,7 @@ def _prices(solution: Solution) -> dict[str, float]:
     return prices
 
 
-def _kernels(cost_table: CostTable, blocks: _Blocks, solution: Solution, model: str) -> tuple[LaunchKernel, ...]:
+def _kernels(cost_table: CostTable, blocks: Blocks, solution: Solution, model: str) -> tuple[LaunchKernel, ...]:
     used = {(_launch_name(block), blocks.schemes[s]) for block, s in zip(blocks.ids, solution.assignment, strict=True)}
     rows = cost_table.frame()
     columns = ["scenario", "linear", "scheme", "config"]
@@ -267,7 +272,7 @@ def _kernels(cost_table: CostTable, blocks: _Blocks, solution: Solution, model: 
     )
 
 
-def _uniforms(blocks: _Blocks, budget: Budget) -> Iterable[Uniform]:
+def _uniforms(blocks: Blocks, budget: Budget) -> Iterable[Uniform]:
     share = blocks.sizes / blocks.sizes.sum()
     layers = np.array([i.layer for i in blocks.ids])
     for s, scheme in enumerate(blocks.schemes):
