@@ -67,6 +67,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--calibration-sequences", type=int, default=128, metavar="N", help="sequences to calibrate on (default: 128)"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences at a time (default: 16)")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1, which busy cores forgive)"
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument(
         "--stream", action="store_true", help="keep one layer in memory, read it again for each variant"

@@ -110,5 +110,5 @@ PRESETS = {
         num_eval_tokens=1 << 18,
     ),
 }
-"""`ci`: two minutes on two CPU cores. `small`: minutes on any GPU. `full`: minutes on a large one. `wide`: longer rows, so
-that schemes with one scale a channel are cheaper than those with groups."""
+"""`ci`: two minutes on two CPU cores. `small`: minutes on any GPU. `full`: minutes on a large one. `wide`: longer rows,
+so that schemes with one scale a channel are cheaper than those with groups."""
