@@ -27,7 +27,7 @@ _HOMES = {
     "LatencyModel": "costmodel.model",
     "cost_table": "costmodel.pricing",
 }
-__all__ = ["CostTable", "FittedModel", "LatencyModel", "cost_table"]  # noqa: F822 - found by __getattr__
+__all__ = ["CostTable", "FittedModel", "LatencyModel", "cost_table"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Long arrays in blocks that stay in the CPU's cache, on all cores: numpy lets go of Python's lock while it computes."""
+"""Long arrays in blocks that stay in the CPU's cache, on all cores: numpy frees Python's lock while it computes."""
 
 from __future__ import annotations
 

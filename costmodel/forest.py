@@ -18,7 +18,7 @@ from costmodel.blocks import for_blocks
 
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
-MAX_BINS = 128
+MAX_BINS = 64
 FEW_ROWS = 64
 """Up to so many rows go through all trees at once: fewer, larger array operations."""
 
@@ -77,7 +77,7 @@ class Boosting:
     depth: int = 6
     learning_rate: float = 0.1
     l2: float = 3.0
-    rows_per_tree: int = 8192
+    rows_per_tree: int = 4096
     feature_share: float = 0.5
 
     def fit(

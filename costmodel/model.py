@@ -59,10 +59,10 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        num_trees: int = 200,
-        depth: int = 6,
+        num_trees: int = 240,
+        depth: int = 5,
         learning_rate: float = 0.1,
-        l2: float = 3.0,
+        l2: float = 1.0,
         slope: float = 0.95,
         num_folds: int = 4,
         coverage: float = 0.9,

@@ -117,7 +117,8 @@ def read(path: str | os.PathLike[str]) -> FittedModel:
         raise DataError(f"{where}: fitted on other features than this version's; fit it again")
     if header.get("core_version") != model_version():
         raise DataError(
-            f"{where}: fitted on the analytic core {header.get('core_version')}, this is {model_version()}; fit it again"
+            f"{where}: fitted on the analytic core {header.get('core_version')}, this is {model_version()};"
+            " fit it again"
         )
     try:
         model = _model(header, arrays)
@@ -134,7 +135,7 @@ def read(path: str | os.PathLike[str]) -> FittedModel:
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
