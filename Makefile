@@ -5,6 +5,7 @@
 #   make gpu-test         the tests that need a GPU; what they reported goes to tests/reports/
 #   make bench            speed of build, packing, prediction (and kernels, with a GPU) against the stored baseline
 #   make bench-baseline   store this machine's speed as the baseline
+#   make bench-peers      our kernels against the fastest public ones: recorded; on an H200 also measured, beside torch and Triton
 #   make clean            remove what the others made, .venv included
 # Choose an interpreter with PYTHON=python3.12, another sweep with GPU=, MODEL=, EFFORT= and SWEEP_ARGS=.
 
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help sweep test lint gpu-test bench bench-run bench-baseline clean
+.PHONY: help sweep test lint gpu-test bench bench-run bench-baseline bench-peers clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +27,7 @@ GPU ?= rtx4090
 MODEL ?= qwen1.5-moe-a2.7b
 EFFORT ?= quick
 SWEEP_ARGS ?=
+PEERS_ARGS ?=
 SWEEP_OUT := $(BUILD)/sweep/$(GPU)-$(MODEL)
 
 # Predicting needs no torch. Measuring does, and only a machine whose driver lists a GPU can measure.
@@ -88,6 +90,13 @@ bench: bench-run
 
 bench-baseline: bench-run
 	@$(BIN)/python -m bench.compare --store $(BUILD)/bench.json
+
+bench-peers: $(VENV)/.test
+	@echo "* recorded launches against the fastest public kernels; results in docs/peers"
+	@$(BIN)/python -m bench.peers
+	@if nvidia-smi -L 2>/dev/null | grep -q H200; then \
+	  echo "* ours, torch's and Triton's kernels in one run; results in docs/peers"; \
+	  $(BIN)/python -m bench.peers --measure $(PEERS_ARGS); fi
 
 clean:
 	@echo "* removing $(VENV), $(BUILD) and caches"

@@ -1,0 +1,40 @@
+"""The GPU of a `--measure` run: torch's current CUDA device, with kernels compiled in process."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.peers.measuring import Device
+from bench.peers.roofline import H200
+from kernel_gen.library import library_of
+from kernel_gen.timing import GpuClock
+from profiles.errors import SpecError, UserError
+
+
+def open_device() -> Device:
+    """SpecError: torch sees no GPU, or another than the one whose roofline is known."""
+    if not torch.cuda.is_available():
+        raise SpecError("--measure: torch sees no GPU; leave it out to compare recorded launches")
+    index = torch.cuda.current_device()
+    library = library_of(index)
+    if library.gpu.name != H200.gpu:
+        raise SpecError(f"--measure: the roofline was measured on {H200.gpu}, this GPU is {library.gpu.name}")
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    failures: tuple[type[Exception], ...] = (RuntimeError, UserError)
+    try:
+        import triton
+    except ModuleNotFoundError:
+        versions["triton"] = "not installed"
+    else:
+        versions["triton"] = triton.__version__
+        failures += (triton.TritonError,)
+    return Device(
+        gpu=library.gpu,
+        torch_device="cuda",
+        clock=GpuClock(),
+        kernels=library,
+        synchronize=torch.cuda.synchronize,
+        l2_bytes=torch.cuda.get_device_properties(index).L2_cache_size,
+        versions=versions,
+        failures=failures,
+    )

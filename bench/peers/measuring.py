@@ -1,0 +1,266 @@
+"""`--measure`: each cell's contenders in one run, interleaved, on the same weights, tokens and routing.
+
+A contender's values are checked before its time counts, with the sweep's check. Then rounds: in each, every contender
+is timed once (kernel_gen.timing: graph replays, L2 cold), so that a clock that falls falls on all; a latency is the
+median of the rounds. Who fails is a row with the reason. After a CUDA error nothing more can run in the process: what
+is left of the cell becomes rows too, and the run ends; a second run of the command goes on with the next cell.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+
+from bench.peers.contenders import Contender, Entry, Kernels, contenders
+from bench.peers.roofline import roofline
+from bench.peers.routing import Draw, draw_load
+from kernel_gen.measure import Inputs, Launch, LaunchError, Weights, verify
+from kernel_gen.select import choose
+from kernel_gen.sweeping.candidates import Workload
+from kernel_gen.timing import SampleRule, Timing, utc_now
+from profiles import kernels
+from profiles.atomic import replacing
+from profiles.errors import DataError, UnsupportedError, UserError
+from profiles.gpus import GpuSpec
+from profiles.kernels import KernelConfig
+from profiles.loads import TokenLoad
+from profiles.models import Linear, model
+from profiles.records import Status
+from profiles.schemes import QuantScheme
+
+RULE = SampleRule(min_samples=10, max_samples=10)
+ROUNDS = 5
+CELL = ("model", "linear", "tokens", "draw", "seed", "scheme")
+
+
+class Clock(Protocol):
+    """kernel_gen.timing.GpuClock, or a test's."""
+
+    def time_launches(self, launches: Sequence[Launch], rule: SampleRule) -> Timing:
+        """The latency of launches that take turns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Device:
+    """What a run needs of a GPU; `failures` are the exceptions that its libraries raise on purpose."""
+
+    gpu: GpuSpec
+    torch_device: str
+    clock: Clock
+    kernels: Kernels
+    synchronize: Callable[[], None]
+    l2_bytes: int
+    versions: Mapping[str, str]
+    failures: tuple[type[Exception], ...] = (RuntimeError, UserError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One grouped GEMM: every expert of one linear in one scheme, under one load."""
+
+    model: str
+    linear: Linear
+    tokens: int
+    draw: Draw
+    scheme: QuantScheme
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The values of the columns CELL."""
+        return (self.model, self.linear.value, self.tokens, self.draw.value, self.seed, self.scheme.name)
+
+    @property
+    def workload(self) -> Workload:
+        """As the sweep has it."""
+        shape = model(self.model)
+        n, k = shape.gemm(self.linear)
+        return Workload(
+            model=self.model,
+            linear=self.linear.value,
+            num_experts=shape.num_experts,
+            n=n,
+            k=k,
+            schemes=(self.scheme,),
+            label=self.scheme.name,
+        )
+
+    @property
+    def load(self) -> TokenLoad:
+        """The tokens of each expert."""
+        shape = model(self.model)
+        return draw_load(self.draw, shape.num_experts, self.tokens, shape.top_k, self.seed)
+
+
+def our_configs(cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame) -> list[KernelConfig]:
+    """The latency model's choice, and the fastest recorded ones (bench.peers.recorded.read_launches) of this model,
+    linear and scheme at the recorded tokens just below and above.
+    """
+    work, load = cell.workload, cell.load
+    names: list[str] = []
+    try:
+        names.append(choose([cell.scheme] * work.num_experts, work.n, work.k, load.total, gpu).name)
+    except UnsupportedError:
+        return []
+    same = recorded[
+        (recorded["schemes"].map(len) == 1)
+        & (recorded["schemes"].str[0] == cell.scheme.name)
+        & (recorded["model"] == cell.model)
+        & (recorded["linear"] == cell.linear.value)
+    ]
+    for near in (
+        same[same["tokens"] <= cell.tokens]["tokens"].max(),
+        same[same["tokens"] >= cell.tokens]["tokens"].min(),
+    ):
+        at = same[same["tokens"] == near]
+        names += [at.loc[rows["latency_us"].idxmin(), "config"] for _, rows in at.groupby("load")]
+    return [kernels.parse(name) for name in dict.fromkeys(names)]
+
+
+def measure_cell(
+    cell: Cell, configs: Sequence[KernelConfig], device: Device, *, rounds: int = ROUNDS
+) -> list[dict[str, Any]]:
+    """A row a contender. `context_lost` rows mean that this process can run nothing more."""
+    try:
+        weights = Weights.make(cell.workload, device.torch_device)
+        inputs = Inputs.make(weights, cell.load, device.l2_bytes)
+    except device.failures as error:
+        return [_failure(cell, "inputs", "", Status.LAUNCH_ERROR, error, device)]
+    rows: list[dict[str, Any]] = []
+    ready: list[tuple[Contender, Entry]] = []
+    for contender in contenders(inputs, configs, device.kernels, device.l2_bytes):
+        if culprit := _culprit(rows):
+            rows.append(_lost(cell, contender, culprit, device))
+            continue
+        try:
+            entry = contender.make()
+            problem = verify(entry.check, inputs.output, inputs.expected, device.synchronize)
+        except device.failures as error:
+            rows.append(_failure(cell, contender.name, contender.config, Status.LAUNCH_ERROR, error, device))
+            continue
+        if problem:
+            rows.append(_failure(cell, contender.name, contender.config, Status.WRONG, problem, device))
+        else:
+            ready.append((contender, entry))
+    if culprit := _culprit(rows):
+        return rows + [_lost(cell, contender, culprit, device) for contender, _ in ready]
+    return rows + _timed(cell, ready, device, rounds)
+
+
+def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rounds: int) -> list[dict[str, Any]]:
+    """Rounds over all, each timed once a round."""
+    timings: dict[int, list[Timing]] = {index: [] for index in range(len(ready))}
+    failed: dict[int, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for index, (contender, entry) in enumerate(ready):
+            if index in failed:
+                continue
+            try:
+                timings[index].append(device.clock.time_launches(entry.launches, RULE))
+            except device.failures as error:
+                failed[index] = _failure(cell, contender.name, contender.config, Status.LAUNCH_ERROR, error, device)
+                if failed[index]["context_lost"]:
+                    others = [contender for other, (contender, _) in enumerate(ready) if other not in failed]
+                    return [*failed.values(), *(_lost(cell, other, failed[index], device) for other in others)]
+    done = [_row(cell, ready[index][0], timings[index], device) for index in timings if index not in failed]
+    return [*failed.values(), *done]
+
+
+def _row(cell: Cell, contender: Contender, timings: Sequence[Timing], device: Device) -> dict[str, Any]:
+    medians = sorted(timing.median_us for timing in timings)
+    latency = statistics.median(medians)
+    limit = roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert)
+    return {
+        **_base(cell, contender.name, contender.config, device),
+        "status": Status.OK.value,
+        "error": "",
+        "context_lost": False,
+        "latency_us": latency,
+        "least_us": medians[0],
+        "most_us": medians[-1],
+        "num_samples": sum(timing.num_samples for timing in timings),
+        "sm_clock_mhz": statistics.median(timing.sm_clock_mhz for timing in timings),
+        "reference_ratio": statistics.median(timing.reference_ratio for timing in timings),
+        "roofline_us": limit.us,
+        "fraction": limit.us / latency,
+    }
+
+
+def _failure(
+    cell: Cell, name: str, config: str, status: Status, error: Exception | str, device: Device
+) -> dict[str, Any]:
+    first = (str(error).strip().splitlines() or [""])[0]
+    text = first if isinstance(error, str) else f"{type(error).__name__}: {first}"
+    return {
+        **_base(cell, name, config, device),
+        "status": status.value,
+        "error": text,
+        "context_lost": isinstance(error, (torch.AcceleratorError, LaunchError)),
+        **dict.fromkeys(("latency_us", "least_us", "most_us", "sm_clock_mhz", "reference_ratio"), math.nan),
+        "num_samples": 0,
+        "roofline_us": roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert).us,
+        "fraction": math.nan,
+    }
+
+
+def _culprit(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of who lost the CUDA context, if anybody did."""
+    return next((row for row in rows if row["context_lost"]), None)
+
+
+def _lost(cell: Cell, contender: Contender, by: Mapping[str, Any], device: Device) -> dict[str, Any]:
+    reason = f"not run: the CUDA context was lost by {by['contender']} {by['config']}".strip()
+    return {**_failure(cell, contender.name, contender.config, Status.CRASHED, reason, device), "context_lost": True}
+
+
+def _base(cell: Cell, name: str, config: str, device: Device) -> dict[str, Any]:
+    return {
+        **dict(zip(CELL, cell.key, strict=True)),
+        "load_source": cell.load.source,
+        "contender": name,
+        "config": config,
+        "gpu": device.gpu.name,
+        "versions": json.dumps(dict(device.versions), sort_keys=True),
+        "timestamp": utc_now().isoformat(),
+    }
+
+
+def measure(
+    cells: Sequence[Cell], device: Device, recorded: pd.DataFrame, path: Path, *, rounds: int = ROUNDS
+) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
+    """Measures the cells that the Parquet file lacks; a cell's rows are in the file when they are given.
+
+    Ends after a cell that lost the CUDA context: a second run goes on with the next. DataError: another kind of file.
+    """
+    rows: list[dict[str, Any]] = read_measured(path).to_dict("records") if path.exists() else []  # type: ignore[assignment]
+    done = {tuple(row[name] for name in CELL) for row in rows}
+    for cell in cells:
+        if cell.key in done:
+            continue
+        found = measure_cell(cell, our_configs(cell, device.gpu, recorded), device, rounds=rounds)
+        rows += found
+        with replacing(path) as temporary:
+            pd.DataFrame(rows).to_parquet(temporary, index=False)
+        yield cell, found
+        if any(row["context_lost"] for row in found):
+            return
+
+
+def read_measured(path: Path) -> pd.DataFrame:
+    """The rows of an earlier run. DataError: not such a file."""
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable file of measured peers ({error}); remove it") from error
+    missing = [name for name in (*CELL, "contender", "status") if name not in frame.columns]
+    if missing:
+        raise DataError(f"{path}: not a file of measured peers, it lacks {', '.join(missing)}; remove it")
+    return frame

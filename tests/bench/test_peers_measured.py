@@ -1,0 +1,218 @@
+"""A measured comparison on a device that is none: real weights, tokens, checks and torch's kernels, on the CPU."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bench.peers.recorded import read_launches
+from bench.peers.routing import Draw
+from profiles import kernels
+from profiles.errors import DataError, UnsupportedError
+from profiles.models import Linear, MoeShape
+from profiles.schemes import parse
+from tests.bench.test_peers import CONFIG, MODEL, OTHER, profile, record
+
+TINY = MoeShape(
+    name=MODEL,
+    hidden_size=128,
+    intermediate_size=64,
+    num_experts=4,
+    top_k=2,
+    num_shared_experts=0,
+    shared_intermediate_size=0,
+    num_moe_layers=1,
+)
+
+
+class FakeClock:
+    """Times that follow from the order of calls: 10 us, 11 us, ..."""
+
+    def __init__(self) -> None:
+        self.timed: list[int] = []
+
+    def time_launches(self, launches: Sequence[Callable[[], None]], rule: Any) -> Any:
+        from kernel_gen.timing import Timing
+
+        for launch in launches:
+            launch()
+        self.timed.append(len(launches))
+        median = 9.0 + len(self.timed)
+        return Timing(
+            median_us=median, p20_us=median, p80_us=median, num_samples=10, sm_clock_mhz=1980.0, reference_ratio=1.0
+        )
+
+
+class FakeKernels:
+    """Our kernels, computed on the CPU; they misbehave as told, by configuration."""
+
+    def __init__(self, behaviour: dict[str, str]) -> None:
+        self.behaviour = behaviour
+
+    def kernel(self, config: Any, schemes: tuple[Any, ...], max_experts: int = 256) -> Any:
+        what = self.behaviour.get(config.name, "")
+        if what == "refused":
+            raise UnsupportedError(config.name, ["the bundle lacks it"])
+        return FakeKernel(what, schemes)
+
+
+class FakeKernel:
+    def __init__(self, what: str, schemes: tuple[Any, ...]) -> None:
+        self.what, self.spec = what, SimpleNamespace(schemes=schemes)
+
+    def __call__(self, x: Any, experts: Any, offsets: Any, out: Any) -> None:
+        from kernel_gen.formats import dequantize, unpack
+        from kernel_gen.measure import LaunchError
+
+        if self.what == "lost":
+            raise LaunchError("an illegal memory access")
+        tokens = x.tensors[0][:, : x.k].float()
+        if len(x.tensors) > 1:
+            tokens = tokens * x.tensors[1]
+        floats = dequantize(unpack(experts.stacks[0]))
+        for entry, expert in enumerate(experts.members[0]):
+            rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
+            out[rows] = tokens[rows] @ floats[entry].T + (1.0 if self.what == "wrong" else 0.0)
+
+
+def device(behaviour: dict[str, str]) -> Any:
+    from bench.peers.measuring import Device
+    from profiles.gpus import gpu
+
+    return Device(
+        gpu=gpu("h200"),
+        torch_device="cpu",
+        clock=FakeClock(),
+        kernels=FakeKernels(behaviour),
+        synchronize=lambda: None,
+        l2_bytes=1 << 16,
+        versions={"torch": "2"},
+    )
+
+
+def cell(scheme: str) -> Any:
+    from bench.peers.measuring import Cell
+
+    return Cell(model=MODEL, linear=Linear.GATE_UP, tokens=16, draw=Draw.PEERS, scheme=parse(scheme))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench.peers.measuring as measuring
+
+    monkeypatch.setattr(measuring, "model", lambda name: TINY)
+
+
+CONFIGS = tuple(map(kernels.parse, (CONFIG, OTHER, "mma_64x8_w4x1x1_s5_k1_at_o4")))
+
+
+def measured(scheme: str, behaviour: dict[str, str]) -> tuple[list[dict[str, Any]], Any]:
+    from bench.peers.measuring import measure_cell
+
+    fake = device(behaviour)
+    return measure_cell(cell(scheme), CONFIGS, fake, rounds=3), fake
+
+
+@pytest.mark.usefixtures("tiny")
+def test_contenders_take_turns_and_failures_are_rows() -> None:
+    rows, fake = measured("w16a16", {OTHER: "wrong", CONFIGS[2].name: "refused"})
+    by = {(row["contender"], row["config"]): row for row in rows}
+    assert by["bitile", OTHER]["status"] == "wrong"
+    assert "expected" in by["bitile", OTHER]["error"]
+    assert by["bitile", CONFIGS[2].name]["error"].endswith("the bundle lacks it")
+    ours, theirs = by["bitile", CONFIG], by["torch._grouped_mm", ""]
+    assert (ours["status"], theirs["status"]) == ("ok", "ok")
+    assert [ours["least_us"], ours["latency_us"], ours["most_us"]] == [10, 12, 14]  # turns: 10, 12, 14 and 11, 13, 15
+    assert theirs["latency_us"] == 13
+    assert ours["fraction"] == pytest.approx(ours["roofline_us"] / 12)
+    assert min(fake.clock.timed) > 1  # several sets of weights, so that L2 is cold
+    if importlib.util.find_spec("triton") is None:
+        assert by["triton", ""]["error"].endswith("triton is not installed")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_after_a_lost_context_nothing_more_runs() -> None:
+    rows, fake = measured("w8a8_g-1_sym_e4m3", {OTHER: "lost"})
+    assert fake.clock.timed == []
+    assert {row["config"]: row["status"] for row in rows} == {
+        CONFIG: "crashed",
+        OTHER: "launch_error",
+        CONFIGS[2].name: "crashed",
+        "rowwise": "crashed",
+    }
+    assert all(row["context_lost"] for row in rows)
+    assert f"the CUDA context was lost by bitile {OTHER}" in rows[-1]["error"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_fp8_runs_against_torch_where_torch_can() -> None:
+    rows, _ = measured("w8a8_g-1_sym_e4m3", {})
+    by = {(row["contender"], row["config"]): row for row in rows}
+    assert by["bitile", CONFIG]["status"] == "ok"
+    assert by["torch._scaled_grouped_mm", "rowwise"]["error"].startswith("NotImplementedError")  # of the CPU
+
+
+def test_torch_takes_the_layouts_that_it_is_given() -> None:
+    import torch
+
+    from bench.peers.contenders import grouped_fp8
+
+    def empty(*shape: int, dtype: Any = torch.float32) -> Any:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    y = grouped_fp8(
+        empty(40, 128, dtype=torch.float8_e4m3fn),
+        empty(40),
+        empty(4, 64, 128, dtype=torch.float8_e4m3fn),
+        empty(4, 64),
+        empty(4, dtype=torch.int32),
+    )
+    assert (y.shape, y.dtype) == ((40, 64), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
+    from bench.peers.measured_report import best, measured_markdown
+    from bench.peers.measuring import measure, read_measured
+
+    recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
+    path, cells = tmp_path / "measured.parquet", [cell("w16a16"), cell("w4a16_g128_sym")]
+    first = [one.scheme.name for one, _ in measure(cells[:1], device({}), recorded, path, rounds=1)]
+    second = [one.scheme.name for one, _ in measure(cells, device({}), recorded, path, rounds=1)]
+    assert (first, second) == (["w16a16"], ["w4a16_g128_sym"])
+    found = read_measured(path)
+    assert CONFIG in set(found[found["scheme"] == "w16a16"]["config"])  # the recorded winner, beside the model's choice
+    fastest = best(found).set_index("scheme")
+    assert fastest.loc["w16a16", "other"] == "torch._grouped_mm"
+    assert math.isnan(fastest.loc["w4a16_g128_sym", "ratio"])
+    text = measured_markdown(found, command="it")
+    assert f"theirs over ours {fastest.loc['w16a16', 'ratio']:.2f}" in text
+    path.write_bytes(b"no Parquet")
+    with pytest.raises(DataError, match="remove it"):
+        list(measure(cells, device({}), recorded, path))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernel_is_right_under_its_interpreter() -> None:
+    """float16: the interpreter does not multiply bfloat16."""
+    code = """
+import torch
+from bench.peers.triton_grouped import TILES, grouped_gemm
+for counts, n, k in (((3, 0, 17, 1, 9), 80, 136), ((0, 0, 40), 64, 64)):
+    x, w = torch.randn(sum(counts), k).half(), torch.randn(len(counts), n, k).half()
+    ends = torch.tensor([0, *counts]).cumsum(0).int()
+    expected = torch.cat([x[a:b].float() @ one.float().T for a, b, one in zip(ends, ends[1:], w)])
+    for tile in TILES:
+        y = torch.full((len(x), n), torch.nan).half()
+        grouped_gemm(x, w, ends, y, tile)
+        assert (y.float() - expected).abs().max() < 0.03
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[2])
