@@ -77,7 +77,7 @@ def layer_losses(
     with torch.no_grad():
         for group in visit.groups():
             _note_tokens(group, notes)
-            for experts in _turns(group, options):
+            for experts in turns(group, len(options.schemes), options.memory_bytes):
                 statistics = gather(group, experts)
                 for linear in Linear:
                     for expert, scheme, change in _changes(
@@ -212,12 +212,15 @@ def _note_tokens(group: ExpertGroup, notes: LayerNotes) -> None:
             notes.few_tokens[expert + group.first_id] = count
 
 
-def _turns(group: ExpertGroup, options: LossOptions) -> Iterator[range]:
-    """As many experts at a time as fit: each scheme's values, their working copies and the moments, in float32."""
+def turns(group: ExpertGroup, num_schemes: int, memory_bytes: int | None = None) -> Iterator[range]:
+    """As many experts at a time as fit: each scheme's values, their working copies and the moments, in float32.
+
+    memory_bytes: None: much of what a GPU has free, and 2 GiB on a CPU.
+    """
     up, down = group.experts.base[Linear.GATE_UP].weights, group.experts.base[Linear.DOWN].weights
     largest = max(up[0].numel(), down[0].numel())
-    each = 4 * (largest * (len(options.schemes) + 8) + 4 * max(up.shape[2], down.shape[2]) ** 2)
-    size = max(1, (options.memory_bytes or _free_bytes(up.device)) // each)
+    each = 4 * (largest * (num_schemes + 8) + 4 * max(up.shape[2], down.shape[2]) ** 2)
+    size = max(1, (memory_bytes or _free_bytes(up.device)) // each)
     for first in range(0, group.experts.num_experts, size):
         yield range(first, min(first + size, group.experts.num_experts))
 

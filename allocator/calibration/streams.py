@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from allocator.calibration.experts import LinearStack
-from allocator.calibration.layer_losses import quantized_stacks
+from allocator.calibration.layer_losses import quantized_stacks, turns
 from allocator.calibration.measured import divergence, negative_log_likelihood
 from allocator.calibration.model import StreamedModel
 from allocator.calibration.quantizer import Quantizer
@@ -120,15 +120,33 @@ def _menu(
     group: ExpertGroup, layer: int, assignments: Sequence[Assignment], quantizer: Quantizer, dtype: torch.dtype
 ) -> dict[Linear, dict[QuantScheme, LinearStack]]:
     """Every linear in every scheme that some allocation wants of it."""
-    experts = range(group.experts.num_experts)
-    statistics = gather(group, experts)
-    menu = {}
-    for linear in Linear:
-        ids = [LinearId(layer=layer, expert=e + group.first_id, linear=linear) for e in experts]
-        wanted = dict.fromkeys(a[i] for a in assignments for i in ids if i in a)
-        quantized = quantized_stacks(group, experts, statistics, linear, list(wanted), quantizer)
-        menu[linear] = {scheme: result.stack(dtype) for scheme, result in quantized}
-    return menu
+    number = group.experts.num_experts
+    wanted = {
+        linear: list(
+            dict.fromkeys(
+                assignment[block]
+                for block in (LinearId(layer=layer, expert=e + group.first_id, linear=linear) for e in range(number))
+                for assignment in assignments
+                if block in assignment
+            )
+        )
+        for linear in Linear
+    }
+    parts: dict[Linear, dict[QuantScheme, list[LinearStack]]] = {
+        linear: {scheme: [] for scheme in schemes} for linear, schemes in wanted.items()
+    }
+    for experts in turns(group, max(len(schemes) for schemes in wanted.values())):
+        statistics = gather(group, experts)
+        for linear, schemes in wanted.items():
+            for scheme, result in quantized_stacks(group, experts, statistics, linear, schemes, quantizer):
+                parts[linear][scheme].append(result.stack(dtype))
+    return {
+        linear: {
+            scheme: replace(stacks[0], weights=torch.cat([stack.weights for stack in stacks]))
+            for scheme, stacks in by_scheme.items()
+        }
+        for linear, by_scheme in parts.items()
+    }
 
 
 def _choose(

@@ -19,14 +19,14 @@ from allocator.calibration.additivity import (
 )
 from allocator.calibration.check import CheckOptions, check_additivity, corrected, draw
 from allocator.calibration.data import Sequences
-from allocator.calibration.layer_losses import LossOptions
+from allocator.calibration.layer_losses import LossOptions, turns
 from allocator.calibration.measured import divergence, final_outputs
 from allocator.calibration.measures import measure_of
 from allocator.calibration.model import StreamedModel
 from allocator.calibration.quantizer import Method, Quantizer
 from allocator.calibration.sensitivities import calibrate
 from allocator.calibration.streams import measure_allocations
-from allocator.calibration.visits import advance
+from allocator.calibration.visits import advance, visit
 from allocator.sensitivity import Sensitivity
 from kernel_gen.formats import dequantize, quantize
 from profiles import schemes
@@ -79,6 +79,22 @@ def test_an_allocation_is_measured_as_the_model_runs_with_it(qwen: StreamedModel
     with torch.no_grad():
         nll = torch.nn.functional.cross_entropy(model.logits(hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert found.allocations[0].perplexity == pytest.approx(float(nll.exp()), rel=1e-4)
+
+
+def test_experts_in_turns_are_measured_alike(
+    qwen: StreamedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = {
+        LinearId(layer=layer, expert=expert, linear=linear): SCHEMES[expert % 2]
+        for layer in (1, 2)
+        for expert in range(-1, 8)
+        for linear in Linear
+    }
+    at_once = measure_allocations(qwen, tokens, tokens, [everything], RTN)
+    monkeypatch.setattr("allocator.calibration.layer_losses._CPU_BYTES", 1 << 19)
+    assert len(list(turns(next(visit(qwen, tokens)).groups()[0], 2))) > 2
+    in_turns = measure_allocations(qwen, tokens, tokens, [everything], RTN)
+    assert in_turns.allocations[0].kl == pytest.approx(at_once.allocations[0].kl, rel=1e-4)
 
 
 def test_what_cannot_be_measured_is_refused(qwen: StreamedModel, tokens: Tensor) -> None:

@@ -27,6 +27,7 @@ from profiles.models import Linear, LinearId
 NAMES = ("w16a16", "w8a16_g-1_sym", "w4a16_g128_asym", "w2a16_g128_asym", "w8a8_g-1_sym", "w4a4_g-1_sym")
 SCHEMES = tuple(schemes.parse(name) for name in NAMES)
 OPTIONS = LossOptions(schemes=SCHEMES)
+FEW = LossOptions(schemes=SCHEMES[3:5])
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +147,7 @@ def test_thinned_rows_estimate_all(checkpoints: dict[str, Path], sequences: Sequ
     model = StreamedModel(checkpoints["olmoe"])
     measure = measure_of("block-relative")
     everything, thinned = (
-        calibrate(model, sequences, [measure], replace(OPTIONS, max_rows=rows))
-        .sensitivities[measure.name]
-        .frame()["loss"]
+        calibrate(model, sequences, [measure], replace(FEW, max_rows=rows)).sensitivities[measure.name].frame()["loss"]
         for rows in (None, 16)
     )
     assert thinned.sum() == pytest.approx(everything.sum(), rel=0.15)
@@ -158,7 +157,7 @@ def test_taking_experts_in_turns_changes_nothing(checkpoints: dict[str, Path], s
     model = StreamedModel(checkpoints["mixtral"])
     measure = measure_of("fisher")
     at_once, in_turns = (
-        calibrate(model, sequences, [measure], replace(OPTIONS, memory_bytes=size)).sensitivities[measure.name].frame()
+        calibrate(model, sequences, [measure], replace(FEW, memory_bytes=size)).sensitivities[measure.name].frame()
         for size in (1 << 30, 1 << 18)
     )
     np.testing.assert_allclose(at_once["loss"], in_turns["loss"], rtol=1e-4, atol=1e-12)
@@ -184,7 +183,7 @@ def test_an_expert_without_tokens_gets_a_named_fallback(checkpoints: dict[str, P
     model = StreamedModel(checkpoints["olmoe"])
     short = Sequences(tokens=tokens[:1, :6], source="6 tokens")
     everything = list(MEASURES.values())
-    found = calibrate(StreamedModel(checkpoints["olmoe"], layers_kept=3), short, everything, OPTIONS)
+    found = calibrate(StreamedModel(checkpoints["olmoe"], layers_kept=3), short, everything, FEW)
     idle = {s.layer.index: set(range(8)) - set(s.index.flatten().tolist()) for s in visit(model, short.tokens)}
     assert any(idle.values())
     seen = next(visit(model, short.tokens))
@@ -216,30 +215,30 @@ def test_a_killed_calibration_goes_on(checkpoints: dict[str, Path], sequences: S
     model = StreamedModel(checkpoints["olmoe"])
     measure = measure_of("block-relative")
     out = tmp_path / "s.parquet"
-    whole = calibrate(model, sequences, [measure], OPTIONS).sensitivities[measure.name]
+    whole = calibrate(model, sequences, [measure], FEW).sensitivities[measure.name]
 
     def mark() -> Partial:
-        return Partial(out, fingerprint(model, sequences.tokens, [measure.name], OPTIONS, 0))
+        return Partial(out, fingerprint(model, sequences.tokens, [measure.name], FEW, 0))
 
     def kill(line: str) -> None:
         if line.startswith("layer 1"):
             raise KilledError
 
     with pytest.raises(KilledError):
-        calibrate(model, sequences, [measure], OPTIONS, partial=mark(), progress=kill)
+        calibrate(model, sequences, [measure], FEW, partial=mark(), progress=kill)
     assert mark().layers() == [0, 1]
     lines: list[str] = []
-    resumed = calibrate(model, sequences, [measure], OPTIONS, partial=mark(), progress=lines.append)
+    resumed = calibrate(model, sequences, [measure], FEW, partial=mark(), progress=lines.append)
     assert resumed.resumed == (0, 1)
     assert [line.partition(":")[0] for line in lines] == ["layer 0", "layer 1", "layer 2"]
     assert "done by an earlier run" in lines[0]
     assert resumed.sensitivities[measure.name].frame().equals(whole.frame())
     # all done: not even a forward pass
-    again = calibrate(model, sequences, [measure], OPTIONS, partial=mark())
+    again = calibrate(model, sequences, [measure], FEW, partial=mark())
     assert again.resumed == (0, 1, 2)
     (mark().folder / "layer-2.json").write_text("{}")
     with pytest.raises(DataError, match="not a calibration's layer"):
-        calibrate(model, sequences, [measure], OPTIONS, partial=mark())
+        calibrate(model, sequences, [measure], FEW, partial=mark())
     mark().remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -286,9 +285,8 @@ def test_one_layer_is_in_memory_at_a_time(name: str, checkpoints: dict[str, Path
 
 def test_bf16_gives_nearly_the_same_losses(checkpoints: dict[str, Path], sequences: Sequences) -> None:
     measure = measure_of("fisher")
-    options = LossOptions(schemes=SCHEMES[2:])
     precise, half = (
-        calibrate(StreamedModel(checkpoints["deepseek_v3"], dtype=dtype), sequences, [measure], options, batch_size=4)
+        calibrate(StreamedModel(checkpoints["deepseek_v3"], dtype=dtype), sequences, [measure], FEW, batch_size=4)
         .sensitivities["fisher"]
         .frame()["loss"]
         for dtype in (torch.float32, torch.bfloat16)
