@@ -49,18 +49,18 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
 
     UserError: no GPU that can be used, options that cannot be, a folder that cannot be written.
     """
-    cells_of = [
-        (model(name), linear, tokens) for name in arguments.models for linear in Linear for tokens in arguments.tokens
-    ]
+    shapes = [model(name) for name in arguments.models]
     from bench.peers.device import open_device
     from bench.peers.measured_report import measured_markdown
     from bench.peers.measuring import Cell, measure, read_measured
 
     cells = [
         Cell(model=shape.name, linear=linear, tokens=tokens, draw=draw, scheme=scheme)
-        for shape, linear, tokens in cells_of
+        for shape in shapes
+        for linear in Linear
+        for scheme in arguments.schemes  # before tokens: cells of one workload follow each other and share its weights
+        for tokens in arguments.tokens
         for draw in arguments.draws
-        for scheme in arguments.schemes
     ]
     recorded = read_launches(arguments.profiles or RECORDED)
     device, path = open_device(), arguments.out / "measured.parquet"

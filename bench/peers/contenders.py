@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kernel_gen.formats import PackedWeights, unpack
+from kernel_gen.formats import unpack
 from kernel_gen.measure import COLD_L2_FACTOR, Inputs, Launch
 from kernel_gen.select import table_size
 from profiles.errors import UnsupportedError
@@ -52,11 +53,12 @@ def contenders(inputs: Inputs, configs: Sequence[KernelConfig], kernels: Kernels
     for config in configs:
         yield Contender(name=OURS, config=config.name, make=lambda config=config: _ours(inputs, config, kernels))  # type: ignore[misc]
     scheme = inputs.weights.workload.schemes[0]
+    dense = functools.cache(lambda: _dense(inputs, l2_bytes))  # made when first needed, then shared
     if scheme.weight_bits == 16:
-        yield Contender(name="torch._grouped_mm", config="", make=lambda: _torch_bf16(inputs, l2_bytes))
-        yield from _triton(inputs, l2_bytes)
+        yield Contender(name="torch._grouped_mm", config="", make=lambda: _torch_bf16(inputs, dense()[0]))
+        yield from _triton(inputs, lambda: dense()[0])
     elif scheme.weight_bits == 8 and scheme.math is Math.E4M3:
-        yield Contender(name="torch._scaled_grouped_mm", config="rowwise", make=lambda: _torch_fp8(inputs, l2_bytes))
+        yield Contender(name="torch._scaled_grouped_mm", config="rowwise", make=lambda: _torch_fp8(inputs, *dense()))
 
 
 def _ours(inputs: Inputs, config: KernelConfig, kernels: Kernels) -> Entry:
@@ -84,22 +86,19 @@ def grouped_fp8(x: Tensor, x_scales: Tensor, weights: Tensor, scales: Tensor, en
     return grouped(x, transposed, x_scales, scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def _torch_bf16(inputs: Inputs, l2_bytes: int) -> Entry:
+def _torch_bf16(inputs: Inputs, weights: Sequence[Tensor]) -> Entry:
     x, ends = _tokens(inputs), inputs.offsets[1:].contiguous()
-    weights = _cold(unpack(_stack(inputs)).codes, inputs, l2_bytes)
     return _entry(inputs, lambda of: grouped_bf16(x, of, ends), weights)
 
 
-def _torch_fp8(inputs: Inputs, l2_bytes: int) -> Entry:
+def _torch_fp8(inputs: Inputs, weights: Sequence[Tensor], scales: Tensor | None) -> Entry:
+    assert scales is not None  # an 8-bit scheme has them
     x, ends = _tokens(inputs), inputs.offsets[1:].contiguous()
-    x_scales, quantized = inputs.activations.tensors[1].flatten(), unpack(_stack(inputs))
-    assert quantized.scales is not None  # an 8-bit scheme has them
-    scales = quantized.scales.squeeze(-1)
-    weights = _cold(quantized.codes, inputs, l2_bytes)
+    x_scales = inputs.activations.tensors[1].flatten()
     return _entry(inputs, lambda of: grouped_fp8(x, x_scales, of, scales, ends), weights)
 
 
-def _triton(inputs: Inputs, l2_bytes: int) -> Iterator[Contender]:
+def _triton(inputs: Inputs, dense: Callable[[], Sequence[Tensor]]) -> Iterator[Contender]:
     """One contender a tile; a single one that says so where Triton is not installed."""
     try:
         from bench.peers.triton_grouped import TILES, grouped_gemm
@@ -108,8 +107,7 @@ def _triton(inputs: Inputs, l2_bytes: int) -> Iterator[Contender]:
         return
 
     def make(tile: tuple[int, int, int, int, int]) -> Entry:
-        x, y = _tokens(inputs), inputs.output.y
-        weights = _cold(unpack(_stack(inputs)).codes, inputs, l2_bytes)
+        x, y, weights = _tokens(inputs), inputs.output.y, dense()
 
         def launch(of: Tensor) -> Launch:
             return lambda: grouped_gemm(x, of, inputs.offsets, y, tile)
@@ -140,17 +138,17 @@ def _entry(inputs: Inputs, product: Callable[[Tensor], Tensor], weights: Sequenc
     return Entry(check=check, launches=tuple(launch(one) for one in weights))
 
 
-def _stack(inputs: Inputs) -> PackedWeights:
-    return inputs.weights.stacks[0]
-
-
 def _tokens(inputs: Inputs) -> Tensor:
     """The tokens [T, K] as the launch reads them, without padding along K."""
     return inputs.activations.tensors[0][:, : inputs.activations.k].contiguous()
 
 
-def _cold(weights: Tensor, inputs: Inputs, l2_bytes: int) -> list[Tensor]:
-    """As many copies of weights [E, N, K] as keep L2 cold: those of other launches are read between two of one."""
-    touched = inputs.load.num_active * weights[0].numel() * weights.element_size()
+def _dense(inputs: Inputs, l2_bytes: int) -> tuple[list[Tensor], Tensor | None]:
+    """Our packed weights as codes [E, N, K], in as many copies as keep L2 cold (other launches' are read between two of
+    one), and their scales [E, N].
+    """
+    quantized = unpack(inputs.weights.stacks[0])
+    codes, scales = quantized.codes, quantized.scales
+    touched = inputs.load.num_active * codes[0].numel() * codes.element_size()
     count = 1 + math.ceil(COLD_L2_FACTOR * l2_bytes / max(1, touched))
-    return [weights, *(weights.clone() for _ in range(count - 1))]
+    return [codes, *(codes.clone() for _ in range(count - 1))], None if scales is None else scales.squeeze(-1)

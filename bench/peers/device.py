@@ -34,6 +34,7 @@ def open_device() -> Device:
         clock=GpuClock(),
         kernels=library,
         synchronize=torch.cuda.synchronize,
+        release=torch.cuda.empty_cache,
         l2_bytes=torch.cuda.get_device_properties(index).L2_cache_size,
         versions=versions,
         failures=failures,

@@ -50,13 +50,16 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Device:
-    """What a run needs of a GPU; `failures` are the exceptions that its libraries raise on purpose."""
+    """What a run needs of a GPU. `release` gives memory back that nothing holds; `failures` are the exceptions that its
+    libraries raise on purpose.
+    """
 
     gpu: GpuSpec
     torch_device: str
     clock: Clock
     kernels: Kernels
     synchronize: Callable[[], None]
+    release: Callable[[], None]
     l2_bytes: int
     versions: Mapping[str, str]
     failures: tuple[type[Exception], ...] = (RuntimeError, UserError)
@@ -125,13 +128,28 @@ def our_configs(cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame) -> list[Kernel
     return [kernels.parse(name) for name in dict.fromkeys(names)]
 
 
+class Shelf:
+    """The weights of the last workload, which the next cell may share."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._last: Weights | None = None
+
+    def weights(self, work: Workload) -> Weights:
+        """Random, quantised and packed. torch.OutOfMemoryError when they do not fit."""
+        if self._last is None or self._last.workload != work:
+            self._last = None
+            self._device.release()
+            self._last = Weights.make(work, self._device.torch_device)
+        return self._last
+
+
 def measure_cell(
-    cell: Cell, configs: Sequence[KernelConfig], device: Device, *, rounds: int = ROUNDS
+    cell: Cell, configs: Sequence[KernelConfig], device: Device, shelf: Shelf, *, rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
     """A row a contender. `context_lost` rows mean that this process can run nothing more."""
     try:
-        weights = Weights.make(cell.workload, device.torch_device)
-        inputs = Inputs.make(weights, cell.load, device.l2_bytes)
+        inputs = Inputs.make(shelf.weights(cell.workload), cell.load, device.l2_bytes)
     except device.failures as error:
         return [_failure(cell, "inputs", "", Status.LAUNCH_ERROR, error, device)]
     rows: list[dict[str, Any]] = []
@@ -241,11 +259,12 @@ def measure(
     Ends after a cell that lost the CUDA context: a second run goes on with the next. DataError: another kind of file.
     """
     rows: list[dict[str, Any]] = read_measured(path).to_dict("records") if path.exists() else []  # type: ignore[assignment]
-    done = {tuple(row[name] for name in CELL) for row in rows}
+    done, shelf = {tuple(row[name] for name in CELL) for row in rows}, Shelf(device)
     for cell in cells:
         if cell.key in done:
             continue
-        found = measure_cell(cell, our_configs(cell, device.gpu, recorded), device, rounds=rounds)
+        found = measure_cell(cell, our_configs(cell, device.gpu, recorded), device, shelf, rounds=rounds)
+        device.release()
         rows += found
         with replacing(path) as temporary:
             pd.DataFrame(rows).to_parquet(temporary, index=False)

@@ -136,7 +136,8 @@ def compare_mixed(launches: pd.DataFrame, card: Card = H200) -> pd.DataFrame:
     mixed["assignment"] = mixed["schemes"].map(tuple)
     best = mixed.loc[mixed.groupby(["model", "linear", "tokens", "assignment"])["latency_us"].idxmin()]
     rows = [_row(launch, singles, card) for _, launch in best.iterrows()]
-    return pd.DataFrame(rows).sort_values(["model", "linear", "tokens", "mix"], ignore_index=True)
+    frame = pd.DataFrame(rows)
+    return frame if frame.empty else frame.sort_values(["model", "linear", "tokens", "mix"], ignore_index=True)
 
 
 def _row(launch: pd.Series, singles: pd.DataFrame, card: Card) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def read_launches(paths: Sequence[Path], card: Card = H200) -> pd.DataFrame:
     if frame.empty:
         raise DataError(f"{', '.join(map(str, paths))}: no measured launch among them")
     top_k = {name: models.model(name).top_k for name in frame["model"].unique()}
+    frame = frame[frame["tokens_per_expert"].map(sum) > 0].reset_index(drop=True)  # nothing to do has no roofline
     rows = frame["tokens_per_expert"].map(sum)
     frame["tokens"] = rows // frame["model"].map(top_k)
     frame["load"] = frame["load_source"].str.split(",").str[0]
@@ -49,8 +50,13 @@ def read_launches(paths: Sequence[Path], card: Card = H200) -> pd.DataFrame:
 
 
 def compare(launches: pd.DataFrame, peers: Mapping[Key, Peer], card: Card = H200) -> pd.DataFrame:
-    """One row a (model, linear, tokens, load, scheme): the fastest launch, its roofline and the peer's fraction."""
+    """One row a (model, linear, tokens, load, scheme): the fastest launch, its roofline and the peer's fraction.
+
+    DataError: there is no launch of one scheme.
+    """
     single = launches[launches["schemes"].map(len) == 1].copy()
+    if single.empty:
+        raise DataError("the profiles have no launch of one scheme alone, which is what peers have")
     single["scheme"] = single["schemes"].str[0]
     best = single.loc[single.groupby(["model", "linear", "tokens", "load", "scheme"])["latency_us"].idxmin()]
     return pd.DataFrame([_row(launch, peers, card) for launch in _rows(best)])

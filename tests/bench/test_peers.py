@@ -206,6 +206,24 @@ def test_the_command_writes_tables_rows_and_a_picture(tmp_path: Path, capsys: py
     assert "Geometric means by scheme" in capsys.readouterr().out
 
 
+def test_a_profile_of_few_launches_is_enough(tmp_path: Path) -> None:
+    only = profile(tmp_path / "single.parquet", [record(["w3a16_g128_sym"], 100.0)])
+    assert main([str(only), "--out", str(tmp_path)]) == 0
+    assert "None were recorded." in (tmp_path / "recorded.md").read_text()
+
+
+def test_mixed_launches_alone_are_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = profile(tmp_path / "mixed.parquet", [record(mix(range(60), "w16a16", "w8a8_g-1_sym"), 90.0)])
+    assert main([str(only), "--out", str(tmp_path)]) == 2
+    assert "no launch of one scheme" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = profile(tmp_path / "p.parquet", [record(["w16a16"], 100.0)])
+    assert main([str(path), "--out", str(path)]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -92,6 +92,7 @@ def device(behaviour: dict[str, str]) -> Any:
         clock=FakeClock(),
         kernels=FakeKernels(behaviour),
         synchronize=lambda: None,
+        release=lambda: None,
         l2_bytes=1 << 16,
         versions={"torch": "2"},
     )
@@ -114,10 +115,10 @@ CONFIGS = tuple(map(kernels.parse, (CONFIG, OTHER, "mma_64x8_w4x1x1_s5_k1_at_o4"
 
 
 def measured(scheme: str, behaviour: dict[str, str]) -> tuple[list[dict[str, Any]], Any]:
-    from bench.peers.measuring import measure_cell
+    from bench.peers.measuring import Shelf, measure_cell
 
     fake = device(behaviour)
-    return measure_cell(cell(scheme), CONFIGS, fake, rounds=3), fake
+    return measure_cell(cell(scheme), CONFIGS, fake, Shelf(fake), rounds=3), fake
 
 
 @pytest.mark.usefixtures("tiny")
