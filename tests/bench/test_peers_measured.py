@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.peers.__main__ import main
 from bench.peers.recorded import read_launches
 from bench.peers.routing import Draw
 from profiles import kernels
@@ -176,6 +177,17 @@ def test_torch_takes_the_layouts_that_it_is_given() -> None:
         empty(4, dtype=torch.int32),
     )
     assert (y.shape, y.dtype) == ((40, 64), torch.bfloat16)
+
+
+def test_without_a_gpu_a_measured_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    path = profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])
+    assert main([str(path), "--measure", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "--measure: torch sees no GPU; leave it out to compare recorded launches\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("tiny")
