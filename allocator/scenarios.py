@@ -1,0 +1,134 @@
+"""Token loads by name for one model, and what launches cost under them: predicted, or looked up in a profile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from costmodel.launches import Launch
+from costmodel.table import CostTable, PricedLaunch
+from kernel_gen.legality import estimated_facts
+from kernel_gen.space import Effort, candidates
+from profiles.errors import DataError, SpecError
+from profiles.gpus import GpuSpec
+from profiles.kernels import GemmShape
+from profiles.loads import TokenLoad
+from profiles.models import MoeShape
+from profiles.schemes import QuantScheme
+
+BATCH_TOKENS = {"decode": 64, "prefill": 4096}
+"""Tokens of a batch that the two usual loads have."""
+
+
+def parse_loads(text: str) -> dict[str, int]:
+    """`decode,prefill` or `decode=32,long=16384`: tokens of a batch by name. SpecError: a name without a number that
+    is not a usual one, twice the same name, or not a number.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        if not name or name in found:
+            raise SpecError(f"--loads {text}: {part.strip()!r} has no name, or one that was there before")
+        if equals and not (number.isascii() and number.isdigit() and int(number) > 0):
+            raise SpecError(f"--loads {text}: {name} needs a number of tokens of at least 1, such as {name}=64")
+        if not equals and name not in BATCH_TOKENS:
+            raise SpecError(
+                f"--loads {text}: {', '.join(BATCH_TOKENS)} are known; give {name} a number of tokens, {name}=64"
+            )
+        found[name] = int(number) if equals else BATCH_TOKENS[name]
+    return found
+
+
+def typical_load(trace: Mapping[int, TokenLoad], shape: MoeShape, num_tokens: int, name: str) -> TokenLoad:
+    """A batch routed as a trace's layers are on average: experts of each layer by falling share, shares averaged over
+    layers, rows dealt out by largest remainder. No expert gets more than `num_tokens` rows.
+
+    Raises:
+        DataError: the trace has another number of experts.
+    """
+    if any(load.num_experts != shape.num_experts for load in trace.values()):
+        raise DataError(f"the trace has other than the {shape.num_experts} experts of {shape.name}")
+    shares = np.zeros(shape.num_experts)
+    for load in trace.values():
+        counts = np.sort(np.asarray(load.tokens_per_expert, dtype=np.float64))[::-1]
+        shares += counts / max(counts.sum(), 1.0) / len(trace)
+    rows = num_tokens * shape.top_k
+    exact = np.minimum(shares / shares.sum() * rows, num_tokens)
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(-(exact - counts), kind="stable")
+    while (left := rows - int(counts.sum())) > 0:  # some experts may be full
+        free = [i for i in order if counts[i] < num_tokens][:left]
+        counts[free] += 1
+    return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=name)
+
+
+def predicted_table(
+    gpu: GpuSpec,
+    shape: MoeShape,
+    loads: Mapping[str, TokenLoad],
+    schemes: Sequence[QuantScheme],
+    *,
+    effort: Effort = Effort.QUICK,
+) -> CostTable:
+    """The analytic model's latencies of every linear, the shared experts' too, for each scheme that has kernels on the
+    GPU. Build facts are estimates.
+
+    Raises:
+        SpecError: no scheme has a kernel there.
+    """
+    launches = []
+    for scheme in schemes:
+        for config in candidates((scheme,), gpu, effort, max_experts=max(shape.num_experts, 1)):
+            facts = estimated_facts(config, (scheme,), gpu, max_experts=shape.num_experts)
+            if facts.ctas_per_sm < 1:
+                continue
+            for scenario, load in loads.items():
+                for gemm in shape.layer_gemms(1):
+                    shared = gemm.name.startswith("shared_")
+                    tokens = load.total // shape.top_k
+                    one = TokenLoad(tokens_per_expert=(tokens,), source=load.source) if shared else load
+                    launch = Launch(
+                        shape=GemmShape(m=one.total, n=gemm.shape.n, k=gemm.shape.k),
+                        load=one,
+                        schemes=(scheme,),
+                        config=config,
+                        facts=facts,
+                    )
+                    launches.append(PricedLaunch(model=shape.name, linear=gemm.name, scenario=scenario, launch=launch))
+    if not launches:
+        raise SpecError(f"none of {', '.join(scheme.name for scheme in schemes)} has a kernel for {gpu.name}")
+    return CostTable.from_predictions(gpu, launches)
+
+
+def profiled_table(
+    profile: pd.DataFrame, gpu: GpuSpec, shape: MoeShape, loads: Mapping[str, TokenLoad]
+) -> tuple[CostTable, tuple[str, ...]]:
+    """The fastest kernels that a profile has of this model, for each load the rows of the nearest batch size.
+
+    Gives the table and, where a load is not exactly one of the profile's, a sentence that says which was taken.
+
+    Raises:
+        DataError: the profile has no rows of this model on this GPU.
+    """
+    rows = profile[(profile["model"] == shape.name) & (profile["gpu"] == gpu.name)]
+    if rows.empty:
+        have = ", ".join(sorted(set(profile["model"].astype(str)))) or "nothing"
+        raise DataError(
+            f"the profile has no rows of {shape.name} on {gpu.name}; it has {have}: measure with"
+            f" python -m kernel_gen.sweep --gpu {gpu.name} --model DIR, or leave --profile out to predict"
+        )
+    shared = rows["linear"].str.startswith("shared_").to_numpy(dtype=np.bool_)
+    totals = np.array([int(np.sum(tokens)) for tokens in rows["tokens_per_expert"]])
+    totals //= np.where(shared, 1, shape.top_k)
+    parts: list[pd.DataFrame] = []
+    notes: list[str] = []
+    for name, load in loads.items():
+        wanted = load.total // shape.top_k
+        nearest = min(totals.tolist(), key=lambda tokens: abs(math.log(max(tokens, 1) / wanted)))
+        if nearest != wanted:
+            notes.append(f"{name}: no rows of {wanted} tokens in the profile, those of {nearest} are taken")
+        parts.append(rows[totals == nearest].assign(load_source=name))
+    return CostTable.from_profile(pd.concat(parts, ignore_index=True)), tuple(notes)

@@ -1,0 +1,187 @@
+"""The one command, end to end on a random model: each stage once, then found; a killed run goes on; mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from allocator import Allocation
+from allocator.scenarios import parse_loads, predicted_table, profiled_table, typical_load
+from allocator.stages import Stages
+from allocator.tune import main
+from profiles import schemes
+from profiles.errors import DataError, SpecError
+from profiles.gpus import gpu
+from profiles.loads import TokenLoad
+from profiles.models import model
+from profiles.records import Status
+
+SCHEMES = "w16a16,w8a16_g-1_sym,w4a16_g-1_asym,w2a16_g-1_asym"
+QWEN = model("qwen1.5-moe-a2.7b")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    from tests.allocator.calibration import tiny
+
+    folder = tiny.save(tiny.CONFIGS["qwen3_moe"], tmp_path_factory.mktemp("models") / "tiny")
+    np.save(folder / "calibrate.npy", tiny.token_ids(512, 1).reshape(8, 64))
+    np.save(folder / "held_out.npy", tiny.token_ids(512, 2).reshape(8, 64))
+    return folder
+
+
+def call(checkpoint: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--model", str(checkpoint), "--gpu", "h200", "--budget-bits", "4.6", "--loads", "decode,prefill=512",
+        "--data", str(checkpoint / "calibrate.npy"), "--held-out", str(checkpoint / "held_out.npy"),
+        "--schemes", SCHEMES, "--sequence-length", "64", "--num-sequences", "8", "--batch-size", "8",
+        "--max-rows", "64", "--out", str(out), "--quiet", "--json", *more,
+    ]  # fmt: skip
+
+
+def test_end_to_end_then_found(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(call(checkpoint, tmp_path)) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["stages"] == dict.fromkeys(("trace", "calibrate", "cost", "allocate", "verify", "report"), "made")
+    assert first["latency_source"] == "predicted"
+    assert "predicted, not measured" in first["notes"][0]
+    allocation = Allocation.read(tmp_path / "allocation.json")
+    assert allocation.avg_weight_bits <= 4.6
+    assert set(allocation.predicted_latency_us) == {"decode", "prefill"}
+    measured = first["verification"]["finalists"]
+    assert first["chosen"] == measured[0]["name"]
+    assert measured[0]["mean_kl"] == min(one["mean_kl"] for one in measured)
+    assert {"mixed", "one scheme a layer", "uniform w2a16_g-1_asym"} <= {one["name"] for one in measured}
+    kl = {one["name"]: one["mean_kl"] for one in measured}
+    assert kl["mixed"] < kl["uniform w2a16_g-1_asym"]
+    assert "Predicted and measured" in (tmp_path / "report.html").read_text()
+
+    assert main(call(checkpoint, tmp_path)) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert set(again.pop("stages").values()) == {"found"}
+    assert again == {key: value for key, value in first.items() if key != "stages"}
+
+    assert main([*call(checkpoint, tmp_path), "--budget-bits", "8.6"]) == 0  # what it changes is made again, no more
+    richer = json.loads(capsys.readouterr().out)
+    assert {name for name, state in richer["stages"].items() if state == "made"} == {"allocate", "verify", "report"}
+    (tmp_path / "cost.parquet").write_bytes(b"torn")
+    assert main([*call(checkpoint, tmp_path), "--budget-bits", "8.6"]) == 0
+    mended = json.loads(capsys.readouterr().out)
+    assert {name for name, state in mended["stages"].items() if state == "made"} == {"cost"}
+    assert mended["predicted_loss"] == richer["predicted_loss"]
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "allocator.tune", *call(checkpoint, tmp_path)]
+    command.remove("--quiet")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "layer" in line:  # calibration has its first layer
+                process.kill()
+                break
+    assert not (tmp_path / "losses.parquet").exists()
+    assert main(call(checkpoint, tmp_path)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stages"]["trace"] == "found"
+    assert found["stages"]["calibrate"] == "made"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--model", "nowhere"), "no such folder"),
+        (("--gpu", "abacus"), "abacus"),
+        (("--loads", "noon"), "decode, prefill are known; give noon a number of tokens"),
+        (("--max-latency", "lunch=3"), "not one of --loads, decode, prefill"),
+        (("--data", "nothing.txt"), "--data: no file nothing.txt"),
+        (("--profile", "nothing.parquet"), "--profile nothing.parquet: no such file"),
+        (("--budget-bits", "-1"), "avg_weight_bits is -1.0"),
+        (("--schemes", "w5"), "w5"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    checkpoint: Path, tmp_path: Path, more: tuple[str, str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call(checkpoint, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_loads() -> None:
+    assert parse_loads("decode,long=9000") == {"decode": 64, "long": 9000}
+    for bad in ("decode,decode", "x=", "x=0", "=3"):
+        with pytest.raises(SpecError, match="--loads"):
+            parse_loads(bad)
+    rng = np.random.default_rng(0)
+    trace = {i: TokenLoad(tokens_per_expert=tuple(rng.permutation(60).tolist()), source="t") for i in range(3)}
+    load = typical_load(trace, QWEN, 1000, "decode")
+    counts = np.array(load.tokens_per_expert)
+    assert load.total == 4000
+    assert np.all(np.diff(counts) <= 0)
+    assert np.allclose(counts, 4000 * np.arange(59, -1, -1) / 1770, atol=1)
+    one_hot = {0: TokenLoad(tokens_per_expert=(100, *(0,) * 59), source="t")}
+    crowded = typical_load(one_hot, QWEN, 10, "x")  # a token goes to four different experts
+    assert crowded.total == 40
+    assert crowded.max == 10
+
+
+def test_predicted_and_profiled_tables_agree() -> None:
+    loads = {"decode": typical_load({0: TokenLoad(tokens_per_expert=(5,) * 60, source="t")}, QWEN, 64, "decode")}
+    some = tuple(map(schemes.parse, ("w4a16_g128_asym", "w8a8_g-1_sym")))
+    table = predicted_table(gpu("h200"), QWEN, loads, some)
+    frame = table.frame()
+    assert set(frame["linear"]) == {"gate_up", "down", "shared_gate_up", "shared_down"}
+    rows = [
+        {
+            "model": row["model"], "gpu": "h200", "linear": row["linear"], "status": Status.OK.value,
+            "schemes": (row["scheme"],), "load_source": "some load", "latency_us": row["latency_us"],
+            "tokens_per_expert": (64,) if row["linear"].startswith("shared") else loads["decode"].tokens_per_expert,
+            "p20_us": row["latency_us"], "p80_us": row["latency_us"], "config": row["config"], "source": "measured",
+        }
+        for _, row in frame.iterrows()
+    ]  # fmt: skip
+    profile = pd.DataFrame(rows)
+    looked_up, notes = profiled_table(profile, gpu("h200"), QWEN, loads)
+    assert notes == ()
+    assert np.allclose(looked_up.frame()["latency_us"], frame["latency_us"])
+    assert set(looked_up.frame()["source"]) == {"measured"}
+    more = {"prefill": TokenLoad(tokens_per_expert=(100,) * 60, source="p")}
+    assert "no rows of 1500 tokens" in profiled_table(profile, gpu("h200"), QWEN, more)[1][0]
+    with pytest.raises(DataError, match=r"no rows of mixtral-8x7b on h200; it has qwen1\.5"):
+        profiled_table(profile, gpu("h200"), model("mixtral-8x7b"), loads)
+
+
+def test_a_stage_is_found_by_content(tmp_path: Path) -> None:
+    source, out, made = tmp_path / "in", tmp_path / "out", []
+    source.write_text("a")
+
+    def ensure(text: str, setting: int = 0) -> None:
+        def make() -> None:
+            made.append(text)
+            out.write_text(text)
+
+        Stages(folder=tmp_path, say=lambda _: None).ensure(
+            "copy", make, reads=[source], settings={"setting": setting}, writes=[out]
+        )
+
+    ensure("one")
+    ensure("two")  # the same inputs: found
+    source.write_text("b")
+    ensure("three")
+    ensure("four", setting=1)
+    out.write_text("changed by hand")
+    ensure("five", setting=1)
+    (tmp_path / ".copy.stage.json").write_text("{")
+    ensure("six", setting=1)
+    assert made == ["one", "three", "four", "five", "six"]
