@@ -7,6 +7,7 @@ import importlib.util
 from profiles.errors import UserError
 
 MODELS = ("torch", "transformers", "safetensors")
+STUDY = ("optuna", "sqlalchemy", "psycopg", "grpc")
 
 
 def require_models(command: str) -> None:
@@ -14,3 +15,10 @@ def require_models(command: str) -> None:
     missing = [name for name in MODELS if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{command} needs {', '.join(missing)}, not installed here: pip install 'bitile[models]'")
+
+
+def require_study(command: str) -> None:
+    """UserError unless Optuna and its storages are installed."""
+    missing = [name for name in STUDY if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{command} needs {', '.join(missing)}, not installed here: pip install 'bitile[allocator]'")

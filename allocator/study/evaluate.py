@@ -1,0 +1,171 @@
+"""A choice, solved and priced: the exact inner solver picks each block's scheme among the compiled ones, then whole
+launches are priced with the chosen kernels under the scenarios' loads.
+
+The inner problem is a sum over blocks, weighted loss plus weighted latency within the average bits; the outer study
+moves its weights and what it may choose from, and judges what it returns by launches and by the corrected loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from allocator.arrays import InfeasibleError, solve_arrays
+from allocator.problem import Floats, Ints
+from allocator.solver import Effort
+from allocator.study.menu import Choice, Menu
+from allocator.study.pricing import MixedLaunch, Pricer
+from allocator.study.problem import LaunchKind, Problem
+
+ERROR_WEIGHTS = ("down", "activations", "late_layers")
+"""What an error weight may act on: down projections, schemes that quantise activations, the later half of layers."""
+INNER_EFFORT = Effort(good_gap=1e-4, small_items=300, milp_seconds=2.0)
+"""A trial stops at a gap of 0.01%: finer differences are below what launches are known to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inner:
+    """What the inner solver returned.
+
+    assignment: int64 [blocks], indices of the problem's schemes. objective, bound, gap: of the inner problem, its bits
+    and the compiled schemes given. excess_bits: how far the average bits are above the budget; positive only where the
+    compiled schemes cannot hold it (the assignment is then the leanest).
+    """
+
+    assignment: Ints
+    objective: float
+    bound: float
+    gap: float
+    avg_bits: float
+    excess_bits: float
+    loss: float
+
+
+class Evaluator:
+    """Solves and prices choices of one problem."""
+
+    def __init__(self, problem: Problem, pricer: Pricer, menu: Menu) -> None:
+        self.problem, self.pricer, self.menu = problem, pricer, menu
+        self._late = _late_layers(problem)
+
+    @cached_property
+    def fastest_uniform_us(self) -> dict[str, float]:
+        """By scenario, the least latency of all layers in one scheme a linear: what latencies are relative to."""
+        return {
+            scenario: sum(
+                len(kind.rows)
+                * min(
+                    self.pricer.uniform_us(kind, scenario, s, self.menu.config(kind, scenario, (s,), 0))
+                    for s in self.menu.schemes[kind.linear]
+                )
+                for kind in self.problem.kinds
+            )
+            for scenario in self.problem.scenarios
+        }
+
+    @cached_property
+    def reference_loss(self) -> float:
+        """A loss to measure weights in: the mean over blocks of the geometric mean of positive losses, times blocks."""
+        finite = self.problem.loss[np.isfinite(self.problem.loss) & (self.problem.loss > 0)]
+        return float(np.exp(np.log(finite).mean())) * len(self.problem.ids) if finite.size else 1.0
+
+    def relative_latency(self, latency_us: Mapping[str, float]) -> float:
+        """Mean over scenarios of latency over the fastest uniform one's; 1 is as fast as one scheme can be."""
+        return float(np.mean([us / self.fastest_uniform_us[name] for name, us in latency_us.items()]))
+
+    def solve(self, choice: Choice) -> Inner:
+        """The inner problem's solution."""
+        problem = self.problem
+        loss, bits, latency, columns = self._arrays(choice)
+        weights = [
+            choice.latency_weights[name] / len(problem.scenarios) / self.fastest_uniform_us[name]
+            for name in problem.scenarios
+        ]
+        cost = loss * self._error_factors(choice, columns) / self.reference_loss + latency @ np.array(weights)
+        limit = problem.avg_bits if np.isfinite(problem.avg_bits) else float(bits.max()) + 1
+        rows = np.arange(len(problem.ids))
+        try:
+            found = solve_arrays(cost, bits, avg_bits=limit, sizes=problem.sizes, effort=INNER_EFFORT)
+            chosen, objective, bound, gap = found.assignment, found.loss, found.bound, found.gap
+        except InfeasibleError:
+            chosen = np.where(np.isfinite(cost), bits, np.inf).argmin(axis=1)
+            objective = bound = float(cost[rows, chosen].sum())
+            gap = 0.0
+        avg_bits = float(np.average(bits[rows, chosen], weights=problem.sizes))
+        assignment = columns[rows, chosen]
+        return Inner(
+            assignment=assignment,
+            objective=objective,
+            bound=bound,
+            gap=gap,
+            avg_bits=avg_bits,
+            excess_bits=avg_bits - limit if avg_bits > limit * (1 + 1e-12) else min(0.0, avg_bits - limit),
+            loss=problem.corrected_loss(assignment),
+        )
+
+    def launches_us(self, choice: Choice, assignment: Ints, scenario: str) -> float:
+        """All layers' launches under one load, priced as launches."""
+        schemes = self.problem.schemes
+        launches = [
+            MixedLaunch(
+                kind=kind,
+                scenario=scenario,
+                config=choice.configs[kind.linear, scenario],
+                compiled=choice.compiled[kind.linear],
+                schemes=tuple(schemes[s] for s in assignment[rows]),
+            )
+            for kind in self.problem.kinds
+            for rows in kind.rows
+        ]
+        return float(self.pricer.launches_us(launches).sum())
+
+    def additive_us(self, choice: Choice) -> tuple[Floats, Ints]:
+        """Each block's share of latency float64 [blocks, slots, scenarios], and the scheme of each column
+        [blocks, slots]; inf and 0 beyond a launch's schemes.
+        """
+        _, _, latency, columns = self._arrays(choice)
+        return latency, columns
+
+    def _arrays(self, choice: Choice) -> tuple[Floats, Floats, Floats, Ints]:
+        """loss, bits [B, slots], latency [B, slots, scenarios], scheme of each column [B, slots]."""
+        problem = self.problem
+        width = max(len(held) for held in choice.compiled.values())
+        shape = (len(problem.ids), width)
+        loss, bits = np.full(shape, np.inf), np.zeros(shape)
+        latency, columns = np.zeros((*shape, len(problem.scenarios))), np.zeros(shape, dtype=np.int64)
+        for kind in problem.kinds:
+            rows = kind.rows.ravel()
+            for slot, scheme in enumerate(choice.compiled[kind.linear]):
+                column = problem.schemes.index(scheme)
+                loss[rows, slot], bits[rows, slot] = problem.loss[rows, column], problem.bits[rows, column]
+                columns[rows, slot] = column
+                latency[rows, slot] = self._of_launch(kind, choice, slot)
+        return loss, bits, latency, columns
+
+    def _of_launch(self, kind: LaunchKind, choice: Choice, slot: int) -> Floats:
+        """[layers * experts, scenarios]."""
+        scheme = choice.compiled[kind.linear][slot]
+        one_layer = [
+            self.pricer.shares_us(kind, name, scheme, choice.configs[kind.linear, name])
+            for name in self.problem.scenarios
+        ]
+        return np.tile(np.stack(one_layer, axis=1), (len(kind.rows), 1))
+
+    def _error_factors(self, choice: Choice, columns: Ints) -> Floats:
+        """[blocks, slots]."""
+        problem, weights = self.problem, choice.error_weights
+        factors = np.ones(columns.shape)
+        is_down = np.array([block.linear.value == "down" for block in problem.ids])
+        is_weight_only = np.array([scheme.is_weight_only for scheme in problem.schemes])
+        factors[is_down] *= weights.get("down", 1.0)
+        factors[self._late] *= weights.get("late_layers", 1.0)
+        factors[~is_weight_only[columns]] *= weights.get("activations", 1.0)
+        return factors
+
+
+def _late_layers(problem: Problem) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    layers = np.array([block.layer for block in problem.ids])
+    return np.asarray(layers > np.median(np.unique(layers)), dtype=np.bool_)

@@ -1,0 +1,183 @@
+"""`python -m bench.study`: the outer study against the sequential pipeline and against direct search over blocks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import NSGAIISampler, TPESampler
+
+from allocator.study import run
+from allocator.study.evaluate import Evaluator
+from allocator.study.objective import Goal
+from bench.study_baselines import NOTHING, Outcome, direct, sequential
+from bench.study_problem import METRIC, MODEL, SCENARIOS, study_problem
+from profiles.atomic import replacing
+from profiles.errors import SpecError, UserError
+
+Method = Callable[[Evaluator, Goal, int, int], Outcome]
+STUDY, SEQUENTIAL = "outer study", "sequential pipeline"
+
+
+def outer_study(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
+    study = run.run(evaluator, run.Settings(goal=goal, num_trials=num_trials, seed=seed))
+    trials = run.best_trials(study)
+    if not trials:
+        return NOTHING
+    attributes = trials[0].user_attrs
+    return Outcome(
+        value=trials[0].values[0],
+        loss=attributes["loss"],
+        relative_latency=attributes["relative_latency"],
+        avg_bits=attributes["avg_bits"],
+    )
+
+
+def _sequential(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
+    return sequential(evaluator, goal, num_trials)[0]
+
+
+def _tpe(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
+    return direct(evaluator, goal, TPESampler(seed=seed), num_trials)
+
+
+def _nsga(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
+    return direct(evaluator, goal, NSGAIISampler(seed=seed, population_size=20), num_trials)
+
+
+def _tpe_on(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
+    _, choice, assignment = sequential(evaluator, goal, num_trials)
+    return direct(evaluator, goal, TPESampler(seed=seed), num_trials, (choice, assignment))
+
+
+def _nsga_on(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
+    _, choice, assignment = sequential(evaluator, goal, num_trials)
+    sampler = NSGAIISampler(seed=seed, population_size=20)
+    return direct(evaluator, goal, sampler, num_trials, (choice, assignment))
+
+
+METHODS: dict[str, Method] = {
+    STUDY: outer_study,
+    SEQUENTIAL: _sequential,
+    "TPE over blocks": _tpe,
+    "NSGA-II over blocks": _nsga,
+    "TPE over blocks, begun at the sequential result": _tpe_on,
+    "NSGA-II over blocks, begun at the sequential result": _nsga_on,
+}
+
+
+def compare(layers: int, avg_bits: float, goal: Goal, num_trials: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row a method: the median over seeds, which draw the losses and seed the samplers."""
+    rows = []
+    for name, method in METHODS.items():
+        found, seconds = [], []
+        for seed in seeds:
+            evaluator = run.evaluator_of(study_problem(layers, avg_bits, seed))
+            started = time.perf_counter()
+            found.append(method(evaluator, goal, num_trials, seed))
+            seconds.append(time.perf_counter() - started)
+            print(
+                f"{layers} layers, {name}, seed {seed}: {found[-1]}, {seconds[-1]:.1f} s", file=sys.stderr, flush=True
+            )
+        medians = {key: float(np.median([asdict(one)[key] for one in found])) for key in asdict(found[0])}
+        rows.append(
+            {
+                "layers": layers,
+                "method": name,
+                **{key: value if np.isfinite(value) else None for key, value in medians.items()},
+                "values": [one.value if np.isfinite(one.value) else None for one in found],
+                "seconds": float(np.median(seconds)),
+            }
+        )
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown, one section an instance."""
+    lines = []
+    for instance in report["instances"]:
+        rows = instance["rows"]
+        best = rows[0]["value"]
+        lines += [
+            f"{instance['layers']} layer(s), {instance['blocks']} blocks, {instance['trials']} trials,"
+            f" {len(instance['seeds'])} seed(s):",
+            "",
+            "| method | loss^r T^(1-r) | to the study | loss | relative latency | bits | seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if row["value"] is None:
+                lines.append(f"| {row['method']} | nothing within the budget | | | | | {row['seconds']:.1f} |")
+                continue
+            worse = 100 * (row["value"] / best - 1)
+            lines.append(
+                f"| {row['method']} | {row['value']:.4f} | {worse:+.1f}% | {row['loss']:.4f} |"
+                f" {row['relative_latency']:.3f} | {row['avg_bits']:.4f} | {row['seconds']:.1f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, 1 when the study did not win everywhere, 2 on a user's mistake."""
+    arguments = _parser().parse_args(argv)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", ExperimentalWarning)
+    try:
+        if not arguments.out.absolute().parent.is_dir():
+            raise SpecError(f"--out {arguments.out}: its folder does not exist")
+        goal = Goal(loss_weight=arguments.loss_weight)
+        report: dict[str, Any] = {
+            "model": MODEL.name,
+            "gpu": "h200",
+            "scenarios": SCENARIOS,
+            "losses": METRIC,
+            "budget_avg_bits": arguments.budget_bits,
+            "loss_weight": goal.loss_weight,
+            "instances": [],
+        }
+        for text in arguments.instance:
+            layers, trials, seeds = (int(part) for part in text.split(","))
+            rows = compare(layers, arguments.budget_bits, goal, trials, range(seeds))
+            blocks = 2 * layers * MODEL.num_experts
+            report["instances"].append(
+                {"layers": layers, "blocks": blocks, "trials": trials, "seeds": list(range(seeds)), "rows": rows}
+            )
+        with replacing(arguments.out) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(report))
+    others = [row for instance in report["instances"] for row in instance["rows"][1:]]
+    firsts = [instance["rows"][0]["value"] for instance in report["instances"] for _ in instance["rows"][1:]]
+    return 0 if all(o["value"] is None or first < o["value"] for first, o in zip(firsts, others, strict=True)) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
+    parser.add_argument("--budget-bits", type=float, default=4.25, metavar="BITS", help="(default: %(default)s)")
+    parser.add_argument("--loss-weight", type=float, default=0.75, metavar="R", help="(default: %(default)s)")
+    parser.add_argument(
+        "--instance",
+        nargs="+",
+        default=["1,150,3", f"{MODEL.num_moe_layers},60,1"],
+        metavar="LAYERS,TRIALS,SEEDS",
+        help="(default: one layer, and the whole model)",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the report, JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

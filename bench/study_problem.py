@@ -1,0 +1,65 @@
+"""The instance that `bench.study` compares on: Qwen1.5-MoE's shapes, H200 launches as measured, synthetic losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from allocator.budget import Budget
+from allocator.sensitivity import Sensitivity
+from allocator.study.evidence import Evidence
+from allocator.study.problem import Problem
+from allocator.study.problem import of as problem_of
+from kernel_gen.formats import dequantize, dequantize_activations, quantize, quantize_activations
+from profiles.models import Linear, model
+from profiles.schemes import QuantScheme
+from profiles.store import ProfileStore
+
+MODEL = model("qwen1.5-moe-a2.7b")
+PROFILE = Path(__file__).parent.parent / "profiles" / "data" / "h200" / "hopper.parquet"
+LOAD = "log-normal, sigma 0.7, {} tokens, top 4, seed 0"
+SCENARIOS = {"decode": LOAD.format(16), "mixed": LOAD.format(512), "prefill": LOAD.format(8192)}
+METRIC = "relative squared error of the formats on Gaussian weights and activations, times log-normal sensitivities"
+
+
+def study_problem(layers: int, avg_bits: float, seed: int) -> Problem:
+    """Every scheme that was measured, `layers` layers of routed experts."""
+    evidence = Evidence.from_profile(ProfileStore(PROFILE).records(), MODEL.name, SCENARIOS)
+    offered = sorted({key.scheme for key in evidence.latency_us}, key=lambda scheme: scheme.name)
+    return problem_of(sensitivity(offered, layers, seed), MODEL, Budget(avg_weight_bits=avg_bits), evidence)
+
+
+def sensitivity(offered: list[QuantScheme], layers: int, seed: int) -> Sensitivity:
+    """Real errors of each format, on made-up layers: an expert's linear weighs log-normal(0, 1.5), a layer (0, 0.7)."""
+    rng = np.random.default_rng(seed)
+    error = np.array([format_error(scheme) for scheme in offered])
+    rows = []
+    for layer in range(layers):
+        of_layer = rng.lognormal(0, 0.7)
+        for expert in range(MODEL.num_experts):
+            for linear in Linear:
+                losses = of_layer * rng.lognormal(0, 1.5) * error * rng.lognormal(0, 0.15, len(offered))
+                rows += [(layer, expert, linear.value, s.name, loss) for s, loss in zip(offered, losses, strict=True)]
+    frame = pd.DataFrame(rows, columns=["layer", "expert", "linear", "scheme", "loss"])
+    return Sensitivity(
+        frame.assign(model=MODEL.name, metric=METRIC, data="synthetic", num_samples=1, seed=seed, schema_version=1)
+    )
+
+
+def format_error(scheme: QuantScheme) -> float:
+    """Relative squared error of weights plus that of activations, on 256 x 2048 Gaussians."""
+    generator = torch.Generator().manual_seed(0)
+    weights, tokens = torch.randn(1, 256, 2048, generator=generator), torch.randn(256, 2048, generator=generator)
+    error = 0.0
+    if scheme.weight_bits < 16:
+        error += _relative(dequantize(quantize(weights, scheme)), weights)
+    if not scheme.is_weight_only:
+        error += _relative(dequantize_activations(quantize_activations(tokens, scheme)), tokens)
+    return error
+
+
+def _relative(approximate: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(((approximate.float() - exact) ** 2).sum() / (exact**2).sum())
