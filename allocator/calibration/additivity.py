@@ -2,7 +2,7 @@
 
 Predictions: the sum of losses; the same with a weight for each layer, or for each scheme; and with products of layers'
 sums (second order). Weights are fitted to measured allocations, without negative ones, by relative least squares, and
-judged on allocations that they were not fitted to.
+judged on allocations that they were not fitted to. No torch is needed here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import rankdata
 
-from allocator.calibration.streams import Assignment
 from allocator.sensitivity import SHARED_EXPERT, Sensitivity
 from profiles.errors import SpecError
 from profiles.models import LinearId, MoeShape
@@ -71,7 +70,7 @@ class Blocks:
         chosen = np.take_along_axis(self.bits, choice[:, None], axis=1)[:, 0]
         return float((chosen * self.sizes).sum() / self.sizes.sum())
 
-    def assignment(self, choice: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Assignment:
+    def assignment(self, choice: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> dict[LinearId, QuantScheme]:
         """As measure_allocations takes it."""
         return {block: self.schemes[int(index)] for block, index in zip(self.ids, choice, strict=True)}
 
