@@ -9,10 +9,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
 
 from costmodel.features import FEATURES, INDEX, KINDS, Kind
+from costmodel.forest import Boosting
 
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
@@ -105,7 +105,9 @@ class SlopeTimesTiles(_Baseline):
 
 
 class RawBoosting(_Baseline):
-    """Gradient boosting of log latency on sizes, configuration and scheme as they are: no core, no ratios."""
+    """Gradient boosting of log latency, LatencyModel's own learner, on sizes, configuration and scheme as they are: no
+    core, no ratios.
+    """
 
     _COLUMNS = (
         *("num_tokens", "n", "k", "num_experts", "num_active", "tile_m", "tile_n", "warps_m", "warps_n", "num_stages"),
@@ -113,18 +115,18 @@ class RawBoosting(_Baseline):
         *("zero_point_share", "bf16_share", "int8_share", "e4m3_share", "int4_share"),
     )
 
-    def __init__(self, *, max_iter: int = 200, random_state: int = 0) -> None:
-        self.max_iter = max_iter
+    def __init__(self, *, num_trees: int = 240, random_state: int = 0) -> None:
+        self.num_trees = num_trees
         self.random_state = random_state
 
     def _fit(self, X: Matrix, y: Array) -> None:
-        boosting = HistGradientBoostingRegressor(
-            max_iter=self.max_iter, early_stopping=False, random_state=self.random_state
-        )
-        self.boosting_ = boosting.fit(self._raw(X), np.log(y))
+        raw = self._raw(X)
+        every = np.ones(raw.shape[1], dtype=np.bool_)
+        boosting = Boosting(num_trees=self.num_trees, depth=5, l2=1.0)
+        self.forest_ = boosting.fit(raw, np.log(y), asked=every, grows=~every, seed=self.random_state)
 
     def _predict(self, X: Matrix) -> Array:
-        return np.asarray(np.exp(self.boosting_.predict(self._raw(X))), dtype=np.float64)
+        return np.asarray(np.exp(self.forest_.predict(self._raw(X))), dtype=np.float64)
 
     def _raw(self, X: Matrix) -> Matrix:
         return X[:, [INDEX[name] for name in self._COLUMNS]]

@@ -93,7 +93,8 @@ def _fitted(X: Array, log_us: Array, near: Array, scale: float) -> Array:
         robust = np.sign(errors) * np.sqrt(2.0 * (np.sqrt(1.0 + np.square(errors)) - 1.0))
         return np.concatenate([robust, weight * (log_factors - near)])
 
-    found = least_squares(residuals, near, bounds=(-5.0, 5.0), max_nfev=30)
+    # MINPACK: the trust-region solver would spend most of the fit in singular value decompositions.
+    found = least_squares(residuals, near, method="lm", max_nfev=400)
     return np.asarray(np.exp(found.x), dtype=np.float64)
 
 

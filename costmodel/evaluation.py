@@ -226,8 +226,7 @@ def _hold_out(
         held_out = tested[part]
         seen = ~_leaks(kind, rows, labels, held_out)
         for name, factory in make.items():
-            known = calibration[seen] if len(np.unique(calibration[seen])) > 1 else shapes[seen].astype(str)
-            estimator = factory().fit(X[seen], y[seen], groups=known)
+            estimator = factory().fit(X[seen], y[seen], groups=_several(calibration[seen], shapes[seen]))
             if isinstance(estimator, LatencyModel):
                 predicted, lower, upper = estimator.predict(X.iloc[held_out], return_interval=True)
                 predictions[name][held_out] = predicted
@@ -240,6 +239,11 @@ def _hold_out(
         for name, predicted in predictions.items()
     }  # fmt: skip
     return HeldOutResult(labels=labels, predictions=predictions, interval_us=interval, metrics=metrics)
+
+
+def _several(*choices: Labels) -> Labels | None:
+    """The first labels with at least two groups; None: rows are held out one by one."""
+    return next((each.astype(str) for each in choices if len(set(each)) > 1), None)
 
 
 def _leaks(kind: HeldOut, rows: pd.DataFrame, labels: Labels, held_out: npt.NDArray[np.intp]) -> Mask:

@@ -121,9 +121,10 @@ class Policy:
         rivals = np.empty(len(order), dtype=np.intp)
         rivals[order] = rival
         spread = np.maximum(np.hypot(std, std[rivals]), 1e-9)
-        distance = (np.where(np.isfinite(log_us[rivals]), log_us[rivals], log_us) - log_us) / spread
+        finite = np.isfinite(log_us) & np.isfinite(log_us[rivals])
+        distance = np.subtract(log_us[rivals], log_us, where=finite, out=np.zeros(len(log_us))) / spread
         gain = spread * (distance * norm.cdf(distance) + norm.pdf(distance))
-        return np.asarray(np.where(measured | ~np.isfinite(gain), 0.0, gain), dtype=np.float64)
+        return np.asarray(np.where(measured, 0.0, gain), dtype=np.float64)
 
 
 def best_rows(log_us: Array, launches: Codes) -> Codes:

@@ -119,9 +119,8 @@ def _html(found: Evaluation) -> str:
         parts.append("</table>")
     for title, png in figures(found):
         image = base64.b64encode(png).decode("ascii")
-        parts.append(
-            f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' src='data:image/png;base64,{image}'>"
-        )
+        name = html.escape(title)
+        parts.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/png;base64,{image}'>")
     title = f"Latency model on {html.escape(found.gpu)}"
     return f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>{''.join(parts)}\n"
 

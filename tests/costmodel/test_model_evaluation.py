@@ -1,0 +1,177 @@
+"""Evaluation, its report and commands, and guided measuring, on made-up profiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from costmodel import evaluate as evaluate_command
+from costmodel import fit as fit_command
+from costmodel import model_file
+from costmodel.baselines import AnalyticCore, Dummy, RawBoosting, Roofline, SlopeTimesTiles
+from costmodel.evaluation import MODEL, HeldOut, estimators, evaluate, group_labels, launch_ids, noise_floor, regrets
+from costmodel.features import of_profile
+from costmodel.guide import Policy, best_rows, worth_tuning
+from costmodel.model import LatencyModel
+from costmodel.replay import STRATEGIES, candidates_of, replay
+from costmodel.report import as_json, write_report
+from profiles.errors import DataError
+from profiles.records import ProfileRecord
+from profiles.store import ProfileStore
+from tests.costmodel.synthetic import NOISE, profile
+
+METRICS = {"mean_ape", "median_ape", "coverage_90", "regret_mean", "regret_p99", "regret_top4_mean"}
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return profile(mixes=6, models=("alpha", "beta", "gamma"))
+
+
+@pytest.fixture(scope="module")
+def stored(rows: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "h200.parquet"
+    with ProfileStore(path) as store:
+        for row in rows.iloc[::5].to_dict("records"):
+            store.append(ProfileRecord.from_row(row))
+    return path
+
+
+def _few_trees() -> dict[str, object]:
+    return {**estimators(), MODEL: lambda: LatencyModel(num_trees=40, num_folds=3)}
+
+
+def test_model_beats_every_baseline_on_unseen_groups(rows: pd.DataFrame, tmp_path: Path) -> None:
+    found = evaluate(rows, kinds=[HeldOut.SHAPE, HeldOut.MIX], make=_few_trees(), num_folds=3, repeats=rows)
+    data = json.loads(as_json(found))
+    assert set(data["held_out"]) == {"shape", "mix"}
+    for by_estimator in data["held_out"].values():
+        assert set(by_estimator) == set(estimators())
+        assert all(metrics.keys() >= METRICS for metrics in by_estimator.values())
+        model = by_estimator.pop(MODEL)
+        assert all(model["mean_ape"] < other["mean_ape"] for other in by_estimator.values())
+        assert all(other["coverage_90"] is None for other in by_estimator.values())
+        assert 0.6 < model["coverage_90"] <= 1.0
+        assert 0.0 <= model["regret_top4_mean"] <= model["regret_mean"] <= model["regret_p99"]
+    html, markdown, as_data = write_report(found, tmp_path / "report")
+    assert json.loads(as_data.read_text()) == json.loads(as_json(found))
+    page = html.read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page
+    assert "| LatencyModel |" in markdown.read_text()
+
+
+def test_held_out_rows_are_not_learned_from(rows: pd.DataFrame) -> None:
+    """An estimator that remembers what it saw must be asked for nothing that it saw."""
+
+    class Remembers:
+        def fit(self, X: pd.DataFrame, y: np.ndarray, groups: np.ndarray) -> Remembers:
+            self.seen = set(X.index)
+            return self
+
+        def predict(self, X: pd.DataFrame) -> np.ndarray:
+            assert self.seen.isdisjoint(X.index)
+            asked.update(X.index)
+            return np.ones(len(X))
+
+    for kind in HeldOut:
+        asked: set[int] = set()
+        evaluate(rows, kinds=[kind], make={MODEL: Remembers, "other": Remembers}, num_folds=3)
+        labels = group_labels(rows, kind)
+        assert asked == {row for row, label in enumerate(labels) if label is not None}
+
+
+def test_a_scheme_held_out_is_in_no_mix_learned_from(rows: pd.DataFrame) -> None:
+    from costmodel.evaluation import _leaks
+
+    labels = group_labels(rows, HeldOut.SCHEME)
+    held_out = np.flatnonzero(labels == "w16a16")
+    seen = rows[~_leaks(HeldOut.SCHEME, rows, labels, held_out)]
+    assert len(seen)
+    assert not seen["schemes"].map(lambda names: "w16a16" in names).any()
+
+
+def test_regret_by_hand() -> None:
+    y = np.asarray([10.0, 12.0, 11.0, 7.0, 5.0, 9.0])
+    launches = np.asarray([0, 0, 0, 1, 1, 2])
+    first, best_of_two = regrets(y, np.asarray([3.0, 1.0, 2.0, 1.0, 2.0, 1.0]), launches, top=2)
+    np.testing.assert_allclose(first, [0.2, 0.4])
+    np.testing.assert_allclose(best_of_two, [0.1, 0.0])
+
+
+def test_noise_floor_of_two_runs() -> None:
+    once, again = profile(seed=1, models=("alpha",), mixes=0), profile(seed=2, models=("alpha",), mixes=0)
+    noise = noise_floor(once, again)
+    assert noise.num_repeats == len(once)
+    assert noise.within_run == pytest.approx(0.01)
+    # |difference| of two normals of this deviation has the mean 2 / sqrt(pi) of it.
+    assert noise.between_runs_mean == pytest.approx(2 / np.sqrt(np.pi) * NOISE, rel=0.25)
+    assert noise_floor(once, None).between_runs_mean is None
+
+
+def test_baselines_say_what_they_are(rows: pd.DataFrame) -> None:
+    X, y = of_profile(rows), rows["latency_us"].to_numpy()
+    for make in (Dummy, Roofline, AnalyticCore, SlopeTimesTiles, RawBoosting):
+        predicted = make().fit(X, y).predict(X)
+        assert predicted.shape == y.shape
+        assert (predicted > 0).all()
+    np.testing.assert_allclose(AnalyticCore().fit(X, y).predict(X), X["latency_us"], rtol=1e-6)
+    assert len(set(Dummy().fit(X, y).predict(X))) == 1
+    with pytest.raises(ValueError, match="columns"):
+        Roofline().fit(np.ones((5, 3)), np.ones(5))
+
+
+def test_commands(stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit_command.main(["--profile", str(stored), "--out", str(tmp_path / "model.npz")]) == 0
+    assert model_file.read(tmp_path / "model.npz").gpu == "h200"
+    capsys.readouterr()
+    arguments = ["--profile", str(stored), "--out", str(tmp_path / "report"), "--held-out", "shape", "--folds", "2"]
+    assert evaluate_command.main([*arguments, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["held_out"]) == {"shape"}
+    for command in (fit_command, evaluate_command):
+        assert command.main(["--profile", str(tmp_path / "no.parquet"), "--out", str(tmp_path / "x")]) == 2
+        assert "no such profile" in capsys.readouterr().err
+
+
+def test_too_little_is_refused(rows: pd.DataFrame) -> None:
+    with pytest.raises(DataError, match="at least 50"):
+        fit_command.fit(rows.iloc[:10])
+    with pytest.raises(DataError, match="no finished row"):
+        evaluate(rows.assign(status="timeout"))
+    with pytest.raises(DataError, match="no kind"):
+        evaluate(rows[rows["model"] == "alpha"], kinds=[HeldOut.SHAPE])
+
+
+def test_guided_measuring_beats_random_and_ends(rows: pd.DataFrame) -> None:
+    policy = Policy(batch=12, num_trees=20)
+    some = rows[rows["model"] != "gamma"].reset_index(drop=True)
+    curves = {name: replay(some, name, policy, max_share=0.1, points=3) for name in STRATEGIES}
+    for curve in curves.values():
+        assert [point.num_measured for point in curve] == sorted({point.num_measured for point in curve})
+    last = {name: curve[-1] for name, curve in curves.items()}
+    assert all(last["guided"].regret_mean < last[name].regret_mean for name in ("random", "grid", "TPE (Optuna)"))
+    assert last["guided"].seconds < last["random"].seconds
+
+
+def test_policy_measures_everything_once_and_avoids_failures() -> None:
+    some = profile(models=("alpha",), mixes=0).iloc[::3].reset_index(drop=True)
+    candidates, y = candidates_of(some), some["latency_us"].to_numpy()
+    policy, measured = Policy(batch=16, num_trees=5), np.zeros(len(some), dtype=np.bool_)
+    latency = np.full(len(some), np.nan)
+    while len(batch := policy.next(candidates, measured, latency)):
+        assert not measured[batch].any()
+        assert len(set(candidates.launches[batch])) == len(batch) == len(set(batch))
+        measured[batch] = True
+        latency[batch] = np.where(batch % 7 == 0, np.nan, y[batch])
+    assert measured.all()
+    log_us, _ = policy.estimate(candidates, measured, latency)
+    chosen = best_rows(log_us, candidates.launches)
+    assert np.isfinite(latency[chosen]).all()
+    np.testing.assert_array_equal(np.unique(launch_ids(some)), np.unique(candidates.launches))
+    gain, std = worth_tuning(candidates, policy, measured, latency)
+    assert 0.0 <= gain < 1.0
+    assert std == 0.0
