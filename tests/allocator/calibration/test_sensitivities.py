@@ -38,7 +38,6 @@ def sequences(tokens: Tensor) -> Sequences:
 @pytest.fixture(scope="module")
 def calibrated(checkpoints: dict[str, Path], sequences: Sequences) -> Calibration:
     """All measures in one pass."""
-    torch.set_num_threads(1)
     model = StreamedModel(checkpoints["qwen2_moe"], layers_kept=3)
     return calibrate(model, sequences, list(MEASURES.values()), OPTIONS, batch_size=8)
 
