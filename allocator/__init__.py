@@ -7,6 +7,10 @@ arrays       solve_arrays: the solver on plain arrays; checks reads its argument
 problem      one scheme per item, minimum cost, limits
 solver       the steps: dual (prices and bound), primal (rounding), core (exact search), integer (HiGHS); launches (k
 schemes)
+report*      `python -m allocator.report`: one HTML page; verify: finalists measured
+export       `python -m allocator.export`: other engines' forms, and what they lose
+robust       `python -m allocator.robust`, over robustness: regret under other loads, the least worst case
+tune         `python -m allocator.tune`, over tuning (its stages), stages (their cache), scenarios (loads and latencies)
 """
 
 from allocator.allocate import Options, allocate
