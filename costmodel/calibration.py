@@ -98,7 +98,7 @@ def _fitted(X: Array, log_us: Array, near: Array, scale: float) -> Array:
     return np.asarray(np.exp(found.x), dtype=np.float64)
 
 
-def _latency_us(X: npt.NDArray[np.floating], factors: Array) -> Array:
+def _latency_us(X: npt.NDArray[np.floating], factors: npt.NDArray[np.floating]) -> Array:
     """The core's formula: floor + fill + || makespan, DRAM ||, makespan = || parts || + epilogue.
 
     `factors` is [R, len(FACTORS)], or [1, len(FACTORS)] for all rows.

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from costmodel.analytic import solve
+from costmodel.analytic import BREAKDOWN_COLUMNS, solve
 from costmodel.blocks import for_blocks
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch, LaunchTable
@@ -233,8 +233,8 @@ def _split(schemes: tuple[QuantScheme, ...], tile_n: int, load: TokenLoad) -> li
 
 def _token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
     """The columns that tokens decide."""
-    solved = solve(gpu, table)
-    columns = {name: solved[name].to_numpy() for name in (*CORE, "makespan_us", "roofline_us", "waves")}
+    solved = dict(zip(BREAKDOWN_COLUMNS, solve(gpu, table).to_numpy().T, strict=True))
+    columns = {name: solved[name] for name in (*CORE, "makespan_us", "roofline_us", "waves")}
     mixed = np.flatnonzero(table.used.sum(axis=1) > 1)
     if len(mixed):
         for name, values in _mixed_parts(gpu, _take(table, mixed)).items():
@@ -254,7 +254,7 @@ def _token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
         "largest_expert_tiles": largest,
         "num_active": active,
         "tail": np.where(rounds > 0, 1.0 - columns["waves"] / np.maximum(rounds, 1.0), 0.0),
-        "padding": solved["padding"].to_numpy(),
+        "padding": solved["padding"],
         "bytes_per_roofline": columns["dram_us"] / np.maximum(columns["roofline_us"], 1e-3),
         "makespan_per_dram": columns["makespan_us"] / np.maximum(columns["dram_us"], 1e-3),
         "imbalance": np.where(active > 0, largest / np.maximum(mean_tokens, 1.0), tile_fill),
@@ -286,7 +286,7 @@ def _mixed_parts(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
 
         def first_of_rounds(edge: Array) -> Array:
             """Rounds whose first tile lies before this edge of the sorted list."""
-            return np.minimum(np.ceil(edge / resident[:, None]), rounds[:, None])
+            return np.asarray(np.minimum(np.ceil(edge / resident[:, None]), rounds[:, None]), dtype=np.float64)
 
         starts_last = (rounds * resident)[:, None]
         holds_last = (begins <= starts_last) & (starts_last < ends) & (rest > 0)[:, None]
@@ -319,7 +319,7 @@ def _fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) 
         return np.asarray((share * values).sum(axis=1), dtype=np.float64)
 
     def of_scheme(value: Mapping[QuantScheme, float]) -> Array:
-        return np.asarray([sum(part * value[s] for s, part in slots.items()) for slots in by_slot])
+        return np.asarray([sum(part * value[s] for s, part in slots.items()) for slots in by_slot], dtype=np.float64)
 
     every = {scheme for slots in by_slot for scheme in slots}
     mmas = np.where(table.used, table.k_tile_mmas, 1.0)

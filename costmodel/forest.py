@@ -104,9 +104,9 @@ class Boosting:
             some = _drawn(rng, len(askable), max(1, round(self.feature_share * len(askable))))
             questions = self._questions(codes[rows], residual[rows], askable[some], grows, bins)
             leaf = np.zeros(len(y), dtype=np.intp)
-            for level, (feature, code) in enumerate(questions):
-                features[tree, level], thresholds[tree, level] = feature, edges[feature][code]
-                leaf = 2 * leaf + (codes[:, feature] > code)
+            for level, (asked_feature, code) in enumerate(questions):
+                features[tree, level], thresholds[tree, level] = asked_feature, edges[asked_feature][code]
+                leaf = 2 * leaf + (codes[:, asked_feature] > code)
             size = 1 << self.depth
             count = np.bincount(leaf, minlength=size)
             sums = np.bincount(leaf, weights=residual, minlength=size)

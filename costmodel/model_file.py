@@ -81,7 +81,7 @@ def write(path: str | os.PathLike[str], fitted: FittedModel) -> None:
     }
     try:
         with replacing(target) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, header=np.asarray(json.dumps(header, sort_keys=True)), **_arrays(model))
+            np.savez_compressed(file, allow_pickle=False, **_arrays(model) | {"header": np.asarray(json.dumps(header))})
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror or error})") from error
 

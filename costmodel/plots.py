@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,7 +57,7 @@ def _error_by_regime(found: Evaluation) -> Figure:
     }
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     for axis, (name, labels) in zip(np.atleast_1d(figure.subplots(1, len(regimes))), regimes.items(), strict=True):
-        names = sorted(set(labels), key=lambda label: (len(label), label))
+        names = sorted(set(labels), key=_as_ordered)
         axis.boxplot([error[labels == each] for each in names], tick_labels=names, showfliers=False, whis=(5, 95))
         axis.tick_params(axis="x", labelrotation=30)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -104,6 +105,12 @@ def _regret_curves(found: Evaluation) -> Figure:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes[0].legend(fontsize=7)
     return figure
+
+
+def _as_ordered(label: str) -> tuple[bool, float, str]:
+    """By the number in a label, "over" after "to"; labels without a number by name."""
+    number = re.search(r"\d+(\.\d+)?", label)
+    return label.startswith("over"), float(number[0]) if number else 0.0, label
 
 
 def _binned(values: Array, edges: list[float]) -> npt.NDArray[np.str_]:

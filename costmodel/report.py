@@ -89,8 +89,8 @@ def _noise(noise: NoiseFloor) -> str:
 
 def _intro(found: Evaluation) -> list[str]:
     lines = [
-        f"{len(found.latency_us)} launches on {found.gpu}. Each row is predicted by a model that saw no row of its group."
-        " Regret: how much slower than the best measured configuration the predicted best is.",
+        f"{len(found.latency_us)} launches on {found.gpu}. Each row is predicted by a model that saw no row of its"
+        " group. Regret: how much slower than the best measured configuration the predicted best is.",
         _noise(found.noise),
     ]
     return lines + [f"Not held out by {kind.value}: {why}." for kind, why in found.skipped.items()]
