@@ -46,6 +46,8 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == (tmp_path / "e.md").read_text()
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
     sized = [row for row in rows if not row["latency_us"]]
+    plain, sized = sized[:3], sized[3:]
+    assert all(row["quantizer"] == "gptq" and not row["is_mixed"] for row in plain)
     for uniform, mixed in zip(sized[::2], sized[1::2], strict=True):
         assert uniform["group"] == mixed["group"]
         assert not uniform["is_mixed"]
@@ -60,7 +62,8 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_speed_is_over_what_is_no_worse() -> None:
     def row(name: str, us: float, perplexity: float, *, is_mixed: bool) -> Row:
         return Row(
-            name=name, group="16 tokens" if is_mixed else "uniform", is_mixed=is_mixed, avg_weight_bits=4.0,
+            name=name, group="16 tokens" if is_mixed else "uniform", is_mixed=is_mixed, quantizer="q",
+            avg_weight_bits=4.0,
             mean_kl=perplexity / 100, perplexity=perplexity, latency_us={"16 tokens": us},
         )  # fmt: skip
 
@@ -72,7 +75,8 @@ def test_speed_is_over_what_is_no_worse() -> None:
     rows += [row("mixed", 20, 6.0, is_mixed=True), row("best", 40, 5.0, is_mixed=True)]
     sized = [
         Row(
-            name=name, group=group, is_mixed=name == "m", avg_weight_bits=2.0, mean_kl=kl, perplexity=5 + kl,
+            name=name, group=group, is_mixed=name == "m", quantizer="q", avg_weight_bits=2.0,
+            mean_kl=kl, perplexity=5 + kl,
             latency_us={},
         )
         for group in ("2.25 bits, weights", "3.25 bits, weights", "5 bits, weights and activations")
