@@ -38,12 +38,12 @@ class FrontPoint:
 class NextBits:
     """What BITS_STEP more average bits would buy: the allocation solved again with them.
 
-    loss_at_most: as the shadow price has it, an upper bound. changed: linears whose scheme differs, by layer.
+    loss_by_price: as the shadow price of the relaxed problem has it. changed: linears whose scheme differs, by layer.
     """
 
     extra_bits: float
     loss_saved: float
-    loss_at_most: float | None
+    loss_by_price: float | None
     changed: Mapping[int, int]
 
 
@@ -219,7 +219,7 @@ def next_bits(
     return NextBits(
         extra_bits=BITS_STEP,
         loss_saved=allocation.predicted_loss - found.predicted_loss,
-        loss_at_most=None if price is None else price * BITS_STEP,
+        loss_by_price=None if price is None else price * BITS_STEP,
         changed=dict(sorted(changed.items())),
     )
 

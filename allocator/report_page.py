@@ -145,11 +145,11 @@ def _time(data: ReportData, pictures: Mapping[str, bytes]) -> str:
 
 def _worth(data: ReportData) -> str:
     rows = [(name, f"{price:.4g}") for name, price in data.allocation.shadow_prices.items()]
-    text = "A shadow price is the loss that one more unit of a limit saves at most. A limit of price 0 does not bind."
+    text = "A shadow price is how fast the loss falls with one more unit of a limit. A limit of price 0 does not bind."
     body = ""
     if data.next_bits is not None:
         step = data.next_bits
-        most = "" if step.loss_at_most is None else f" (the shadow price allows {step.loss_at_most:.4g} at most)"
+        most = "" if step.loss_by_price is None else f" ({step.loss_by_price:.4g} by the shadow price)"
         share = step.loss_saved / data.allocation.predicted_loss if data.allocation.predicted_loss > 0 else 0.0
         where = ", ".join(f"layer {layer}: {count}" for layer, count in step.changed.items()) or "none"
         body += (

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from allocator.calibration.quantizer import Quantizer
 
 MIXED = "mixed"
+COARSER = {"one scheme an expert": Granularity.EXPERT, "one scheme a layer": Granularity.LAYER}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,11 +248,11 @@ class Tuning:
                 return allocate(sensitivity, cost, self.plan.budget, shape=self.shape, options=options)
 
             found = {MIXED: solved(Options(granularity=self.plan.granularity))}
-            for granularity in (Granularity.EXPERT, Granularity.LAYER):
+            for name, granularity in COARSER.items():
                 try:
-                    found[f"one scheme a {granularity.value}"] = solved(Options(granularity=granularity))
+                    found[name] = solved(Options(granularity=granularity))
                 except InfeasibleError as error:
-                    self.say(f"one scheme a {granularity.value}: {error}")
+                    self.say(f"{name}: {error}")
             uniform = best_uniform(found[MIXED])
             if uniform is not None:
                 options = Options(granularity=Granularity.LAYER, schemes=(uniform.scheme,))
