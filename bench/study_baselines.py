@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,13 +10,14 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
-from allocator.arrays import solve_arrays
+from allocator.front import solve_product
 from allocator.problem import Ints
 from allocator.study import warm
 from allocator.study.evaluate import INNER_EFFORT, Evaluator
 from allocator.study.menu import NUM_RANKS, Choice
-from allocator.study.objective import LATENCY_WEIGHTS, Goal, is_feasible
+from allocator.study.objective import Goal, is_feasible
 from allocator.study.problem import LaunchKind
+from allocator.study.sets import Additive, SetSolver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,25 +42,46 @@ def outcome(evaluator: Evaluator, goal: Goal, choice: Choice, assignment: Ints) 
     return Outcome(value=goal.values(loss, relative)[0], loss=loss, relative_latency=relative, avg_bits=bits)
 
 
-def sequential(evaluator: Evaluator, goal: Goal, num_trials: int) -> tuple[Outcome, Choice, Ints]:
-    """Best kernel per scheme first, bits second: one exact solve for each of `num_trials` prices of latency.
+def one_pass(evaluator: Evaluator, goal: Goal) -> Outcome:
+    """Best kernel per scheme first, bits second: the exact product of additive loss and latency, once."""
+    problem, solver = evaluator.problem, SetSolver(evaluator)
+    r = goal.loss_weight
+    corner = solve_product(
+        solver.table.loss,
+        problem.bits,
+        latency_us=solver.table.relative_latency.sum(axis=2),
+        loss_weight=r,
+        avg_bits=problem.avg_bits,
+        sizes=problem.sizes,
+        effort=INNER_EFFORT,
+    )
+    loss = float(solver.table.loss[np.arange(len(problem.ids)), corner.solution.assignment].sum())
+    price = (1 - r) / r * loss / corner.latency_us / evaluator.reference_loss
+    return sequential(evaluator, goal, [price])[0]
 
-    The four schemes that most blocks take are compiled, bits are solved again with those; a launch then runs with the
-    fastest of its schemes' own kernels, each priced as a launch.
+
+def sequential(evaluator: Evaluator, goal: Goal, prices: Iterable[float]) -> tuple[Outcome, Choice, Ints]:
+    """Best kernel per scheme first, bits second: an exact solve for each price of latency, of which the one is kept
+    whose launches are best.
+
+    At most four schemes a linear, chosen by the solver; a launch then runs with the fastest of its schemes' own kernels
+    that holds them all, each priced as a launch.
     """
-    problem, table = evaluator.problem, warm.additive(evaluator)
+    solver = SetSolver(evaluator)
     best: tuple[Outcome, Choice, Ints] | None = None
-    for price in np.geomspace(*LATENCY_WEIGHTS, num_trials):
-        cost = table.loss / evaluator.reference_loss + price * table.relative_latency
-        assignment = _solve(evaluator, cost)
-        compiled = warm.most_used(evaluator, assignment)
-        kept = np.full_like(cost, np.inf)
-        for kind in problem.kinds:
-            columns = np.array([problem.schemes.index(scheme) for scheme in compiled[kind.linear]])
-            part = np.ix_(kind.rows.ravel(), columns)
-            kept[part] = cost[part]
-        assignment = _solve(evaluator, kept)
-        choice = _own_kernels(evaluator, table, warm.with_best_kernels(evaluator, compiled, float(price)), assignment)
+    for price in prices:
+        weights = dict.fromkeys(evaluator.problem.scenarios, float(price))
+        assignment = solver.assign(solver.cost(weights), evaluator.problem.avg_bits)
+        compiled = solver.compiled(assignment)
+        if any(
+            evaluator.problem.schemes[column] not in compiled[kind.linear]
+            for kind in evaluator.problem.kinds
+            for column in np.unique(assignment[kind.rows.ravel()])
+        ):
+            continue  # no kernel holds these schemes together
+        choice = _own_kernels(
+            evaluator, solver.table, Choice(compiled=compiled, configs={}, latency_weights=weights), assignment
+        )
         found = outcome(evaluator, goal, choice, assignment)
         if best is None or found.value < best[0].value:
             best = found, choice, assignment
@@ -66,16 +89,10 @@ def sequential(evaluator: Evaluator, goal: Goal, num_trials: int) -> tuple[Outco
     return best
 
 
-def _solve(evaluator: Evaluator, cost: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Ints:
-    problem = evaluator.problem
-    return solve_arrays(
-        cost, problem.bits, avg_bits=problem.avg_bits, sizes=problem.sizes, effort=INNER_EFFORT
-    ).assignment
-
-
-def _own_kernels(evaluator: Evaluator, table: warm.Additive, choice: Choice, assignment: Ints) -> Choice:
-    """Each launch with the fastest of its schemes' own kernels that holds them all; without one, as it was."""
-    configs = dict(choice.configs)
+def _own_kernels(evaluator: Evaluator, table: Additive, choice: Choice, assignment: Ints) -> Choice:
+    """Each launch with the fastest of its schemes' own kernels that holds them all; without one, the fastest legal."""
+    choice = evaluator.settle(choice)
+    configs = {}
     for kind in evaluator.problem.kinds:
         held = choice.compiled[kind.linear]
         legal = evaluator.menu.legal_configs(kind, held)
@@ -85,13 +102,27 @@ def _own_kernels(evaluator: Evaluator, table: warm.Additive, choice: Choice, ass
                 config: evaluator.launches_us(_with(choice, kind, scenario, config), assignment, scenario)
                 for config in sorted(own, key=lambda config: config.name)
             }
-            if tried:
-                configs[kind.linear, scenario] = min(tried, key=lambda config: tried[config])
+            fallback = evaluator.menu.config(kind, scenario, held, 0)
+            configs[kind.linear, scenario] = min(tried, key=lambda config: tried[config]) if tried else fallback
     return replace(choice, configs=configs)
 
 
 def _with(choice: Choice, kind: LaunchKind, scenario: str, config: object) -> Choice:
     return replace(choice, configs={**choice.configs, (kind.linear, scenario): config})  # type: ignore[dict-item]
+
+
+def best_uniform(evaluator: Evaluator, goal: Goal) -> Outcome:
+    """The best scheme for all linears within the average bits, each launch with its fastest kernel."""
+    problem = evaluator.problem
+    found = [NOTHING]
+    for scheme in problem.schemes:
+        if all(scheme in offered for offered in evaluator.menu.schemes.values()):
+            compiled = {kind.linear: (scheme,) for kind in problem.kinds}
+            weights = dict.fromkeys(problem.scenarios, 0.0)
+            choice = evaluator.settle(Choice(compiled=compiled, configs={}, latency_weights=weights))
+            assignment = np.full(len(problem.ids), problem.schemes.index(scheme))
+            found.append(outcome(evaluator, goal, choice, assignment))
+    return min((one for one in found if one.avg_bits <= problem.avg_bits), key=lambda one: one.value, default=NOTHING)
 
 
 def direct(
@@ -107,7 +138,7 @@ def direct(
     trial, every block in the leanest of them; or, with `start`, the sequential pipeline's own assignment.
     """
     problem, menu = evaluator.problem, evaluator.menu
-    choice, assignment = start or (warm.choices(evaluator)["least loss"], None)
+    choice, assignment = start or (evaluator.settle(warm.choices(SetSolver(evaluator))["least loss"]), None)
     study = optuna.create_study(sampler=sampler)
 
     def objective(trial: Trial) -> float:

@@ -8,7 +8,7 @@ moves its weights and what it may choose from, and judges what it returns by lau
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,11 +19,15 @@ from allocator.solver import Effort
 from allocator.study.menu import Choice, Menu
 from allocator.study.pricing import MixedLaunch, Pricer
 from allocator.study.problem import LaunchKind, Problem
+from profiles.kernels import KernelConfig
 
 ERROR_WEIGHTS = ("down", "activations", "late_layers")
 """What an error weight may act on: down projections, schemes that quantise activations, the later half of layers."""
 INNER_EFFORT = Effort(good_gap=1e-4, small_items=300, milp_seconds=2.0)
 """A trial stops at a gap of 0.01%: finer differences are below what launches are known to."""
+
+PRICED_LAYERS = 4
+"""Layers whose launches decide between configurations: they differ little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,38 @@ class Evaluator:
         """Mean over scenarios of latency over the fastest uniform one's; 1 is as fast as one scheme can be."""
         return float(np.mean([us / self.fastest_uniform_us[name] for name, us in latency_us.items()]))
 
+    def settle(self, choice: Choice) -> Choice:
+        """The choice with a configuration for every launch: where none is given, of the ranked ones the fastest for
+        what the inner solver assigns, priced as launches of a few layers.
+        """
+        problem, menu = self.problem, self.menu
+        launches = [(kind, name) for kind in problem.kinds for name in problem.scenarios]
+        left = [(kind, name) for kind, name in launches if (kind.linear, name) not in choice.configs]
+        if not left:
+            return choice
+        first = {(kind.linear, name): menu.config(kind, name, choice.compiled[kind.linear], 0) for kind, name in left}
+        begun = replace(choice, configs={**choice.configs, **first})
+        assignment = self.solve(begun).assignment
+        priced = {(kind.linear, name): self._fastest(kind, name, begun, assignment) for kind, name in left}
+        return replace(choice, configs={**choice.configs, **priced})
+
+    def _fastest(self, kind: LaunchKind, scenario: str, choice: Choice, assignment: Ints) -> KernelConfig:
+        ranked = self.menu.ranked_configs(kind, scenario, choice.compiled[kind.linear])
+        layers = kind.rows[np.linspace(0, len(kind.rows) - 1, min(PRICED_LAYERS, len(kind.rows))).astype(int)]
+        launches = [
+            MixedLaunch(
+                kind=kind,
+                scenario=scenario,
+                config=config,
+                compiled=choice.compiled[kind.linear],
+                schemes=tuple(self.problem.schemes[s] for s in assignment[rows]),
+            )
+            for config in ranked
+            for rows in layers
+        ]
+        total = self.pricer.launches_us(launches).reshape(len(ranked), len(layers)).sum(axis=1)
+        return ranked[int(total.argmin())]
+
     def solve(self, choice: Choice) -> Inner:
         """The inner problem's solution."""
         problem = self.problem
@@ -85,7 +121,7 @@ class Evaluator:
             for name in problem.scenarios
         ]
         cost = loss * self._error_factors(choice, columns) / self.reference_loss + latency @ np.array(weights)
-        limit = problem.avg_bits if np.isfinite(problem.avg_bits) else float(bits.max()) + 1
+        limit = problem.bits_limit
         rows = np.arange(len(problem.ids))
         try:
             found = solve_arrays(cost, bits, avg_bits=limit, sizes=problem.sizes, effort=INNER_EFFORT)
@@ -148,9 +184,13 @@ class Evaluator:
     def _of_launch(self, kind: LaunchKind, choice: Choice, slot: int) -> Floats:
         """[layers * experts, scenarios]."""
         scheme = choice.compiled[kind.linear][slot]
-        one_layer = [
-            self.pricer.shares_us(kind, name, scheme, choice.configs[kind.linear, name])
+        configs = [
+            self.menu.config(kind, name, (scheme,), 0) if choice.own_kernels else choice.configs[kind.linear, name]
             for name in self.problem.scenarios
+        ]
+        one_layer = [
+            self.pricer.shares_us(kind, name, scheme, config)
+            for name, config in zip(self.problem.scenarios, configs, strict=True)
         ]
         return np.tile(np.stack(one_layer, axis=1), (len(kind.rows), 1))
 

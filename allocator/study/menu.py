@@ -29,14 +29,17 @@ class Choice:
 
     Attributes:
         compiled: by linear, the schemes that its kernels hold.
-        configs: by (linear, scenario), the configuration that runs the launch under that load.
+        configs: by (linear, scenario), the configuration that runs the launch under that load; for those that are
+            left out, `Evaluator.settle` takes the one whose price is least.
         latency_weights: by scenario, the relative loss that one unit of relative latency is worth.
+        own_kernels: the inner problem counts each scheme's latency with its own best kernel, not with the launch's.
         error_weights: by name, a factor on some blocks' losses in the inner problem; absent ones are 1.
     """
 
     compiled: Mapping[str, tuple[QuantScheme, ...]]
     configs: Mapping[tuple[str, str], KernelConfig]
     latency_weights: Mapping[str, float]
+    own_kernels: bool = False
     error_weights: Mapping[str, float] = field(default_factory=dict)
 
 

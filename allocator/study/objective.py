@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,12 +13,17 @@ from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from allocator.study.evaluate import ERROR_WEIGHTS, Evaluator, Inner
 from allocator.study.menu import NUM_RANKS, Choice
+from allocator.study.sets import SetSolver
 from profiles.errors import SpecError
-from profiles.schemes import parse
+from profiles.schemes import QuantScheme, parse
 
 LATENCY_WEIGHTS = (1e-4, 1e2)
 """Range of a latency weight: relative loss for one unit of relative latency."""
 ERROR_FACTORS = (0.25, 4.0)
+SOLVED = "solved"
+"""A slot's value: as the solver has it."""
+LAUNCH, OWN = INNER_LATENCY = ("launch", "own")
+"""Whose kernel the inner problem's latencies are of: the launch's, or each scheme's own best."""
 WARM_START = "warm_start"
 """Attribute of a trial that was not sampled: where it is from."""
 
@@ -52,41 +58,65 @@ class Goal:
         return (float(loss**self.loss_weight * relative_latency ** (1 - self.loss_weight)),)
 
 
-def sample(trial: BaseTrial, evaluator: Evaluator) -> Choice:
-    """A legal choice from a trial's parameters, the same for the same parameters."""
+def sample(trial: BaseTrial, solver: SetSolver) -> Choice:
+    """A legal choice from a trial's parameters, the same for the same parameters.
+
+    A slot names a scheme, or leaves it to the set that the solver finds for the trial's latency weights; a kernel is
+    one of the ranked configurations, or left to be priced.
+    """
+    evaluator = solver.evaluator
     menu, problem = evaluator.menu, evaluator.problem
-    compiled, configs = {}, {}
-    for kind in problem.kinds:
-        names = [scheme.name for scheme in menu.schemes[kind.linear]]
-        slots = [trial.suggest_categorical(name, names) for name in _slot_names(evaluator, kind.linear)]
-        held = menu.compatible(kind, [parse(name) for name in slots])
-        compiled[kind.linear] = held
-        for scenario in problem.scenarios:
-            rank = trial.suggest_int(_rank_name(kind.linear, scenario), 0, NUM_RANKS - 1)
-            configs[kind.linear, scenario] = menu.config(kind, scenario, held, rank)
     weights = {
         name: trial.suggest_float(f"latency_weight.{name}", *LATENCY_WEIGHTS, log=True) for name in problem.scenarios
     }
+    own_kernels = trial.suggest_categorical("inner_latency", INNER_LATENCY) == OWN
+    compiled, configs = {}, {}
+    for kind in problem.kinds:
+        names = [SOLVED, *(scheme.name for scheme in menu.schemes[kind.linear])]
+        slots = [trial.suggest_categorical(name, names) for name in _slot_names(evaluator, kind.linear)]
+        compiled[kind.linear] = menu.compatible(kind, _schemes(slots, solver, kind.linear, weights))
+        for scenario in problem.scenarios:
+            rank = trial.suggest_int(_rank_name(kind.linear, scenario), 0, NUM_RANKS)
+            if rank > 0:
+                configs[kind.linear, scenario] = menu.config(kind, scenario, compiled[kind.linear], rank - 1)
     errors = {}
     if (
         problem.is_corrected
     ):  # where losses add up, the inner problem's sum is the outer loss, and a factor of 1 is best
         errors = {name: trial.suggest_float(f"error_weight.{name}", *ERROR_FACTORS, log=True) for name in ERROR_WEIGHTS}
-    return Choice(compiled=compiled, configs=configs, latency_weights=weights, error_weights=errors)
+    return evaluator.settle(
+        Choice(
+            compiled=compiled, configs=configs, latency_weights=weights, own_kernels=own_kernels, error_weights=errors
+        )
+    )
 
 
-def params_of(choice: Choice, evaluator: Evaluator) -> dict[str, Any]:
-    """Parameters that `sample` makes this choice of; configurations beyond the ranked ones become the first."""
-    params: dict[str, Any] = {}
+def _schemes(slots: list[str], solver: SetSolver, linear: str, weights: Mapping[str, float]) -> list[QuantScheme]:
+    """What the slots name."""
+    if SOLVED not in slots:
+        return [parse(name) for name in slots]
+    solved = solver.solved(weights)[linear]
+    schemes = [
+        parse(name) if name != SOLVED else solved[i] if i < len(solved) else None for i, name in enumerate(slots)
+    ]
+    return [scheme for scheme in schemes if scheme is not None] or [solved[0]]
+
+
+def params_of(choice: Choice, solver: SetSolver) -> dict[str, Any]:
+    """Parameters that `sample` makes this choice of."""
+    evaluator = solver.evaluator
+    solved = solver.solved(choice.latency_weights)
+    params: dict[str, Any] = {f"latency_weight.{name}": weight for name, weight in choice.latency_weights.items()}
+    params["inner_latency"] = OWN if choice.own_kernels else LAUNCH
     for kind in evaluator.problem.kinds:
         held = choice.compiled[kind.linear]
+        is_solved = held == solved[kind.linear]
         for i, name in enumerate(_slot_names(evaluator, kind.linear)):
-            params[name] = held[min(i, len(held) - 1)].name
+            params[name] = SOLVED if is_solved else held[min(i, len(held) - 1)].name
         for scenario in evaluator.problem.scenarios:
-            rank = evaluator.menu.rank(kind, scenario, held, choice.configs[kind.linear, scenario])
+            config = choice.configs.get((kind.linear, scenario))
+            rank = 0 if config is None else 1 + evaluator.menu.rank(kind, scenario, held, config)
             params[_rank_name(kind.linear, scenario)] = rank
-    for name, weight in choice.latency_weights.items():
-        params[f"latency_weight.{name}"] = float(np.clip(weight, *LATENCY_WEIGHTS))
     if evaluator.problem.is_corrected:
         params |= {f"error_weight.{name}": choice.error_weights.get(name, 1.0) for name in ERROR_WEIGHTS}
     return params
@@ -101,9 +131,10 @@ def _rank_name(linear: str, scenario: str) -> str:
     return f"{linear}.{scenario}.kernel"
 
 
-def run_trial(trial: Trial, evaluator: Evaluator, goal: Goal) -> tuple[float, ...]:
+def run_trial(trial: Trial, solver: SetSolver, goal: Goal) -> tuple[float, ...]:
     """Optuna's objective function."""
-    choice = sample(trial, evaluator)
+    evaluator = solver.evaluator
+    choice = sample(trial, solver)
     inner = evaluator.solve(choice)
     _record(trial, evaluator, choice, inner)
     latency: dict[str, float] = {}

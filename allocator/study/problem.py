@@ -80,6 +80,11 @@ class Problem:
         return np.inf if self.budget.avg_weight_bits is None else self.budget.avg_weight_bits
 
     @property
+    def bits_limit(self) -> float:
+        """`avg_bits` as a finite number that limits nothing without a budget."""
+        return self.avg_bits if np.isfinite(self.avg_bits) else float(self.bits.max()) + 1
+
+    @property
     def scenarios(self) -> tuple[str, ...]:
         """Names of the token loads."""
         return tuple(self.evidence.loads)

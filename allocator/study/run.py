@@ -30,6 +30,7 @@ from allocator.study.objective import (
 )
 from allocator.study.pricing import Pricer
 from allocator.study.problem import Problem
+from allocator.study.sets import SetSolver
 from profiles.errors import SpecError
 
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -97,14 +98,15 @@ def run(
     are finished: a study that is interrupted and continued samples what it would have sampled.
     """
     study = open_study(evaluator.problem, settings.goal, storage)
-    _enqueue(study, evaluator)
+    solver = SetSolver(evaluator)
+    _enqueue(study, solver)
     while (done := num_done(study)) < settings.num_trials:
         running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.sampler = _sampler(study, np.random.default_rng([settings.seed, done, running]))
             study.optimize(
-                lambda trial: run_trial(trial, evaluator, settings.goal),
+                lambda trial: run_trial(trial, solver, settings.goal),
                 n_trials=1,
                 callbacks=None if on_trial is None else [lambda _, trial: on_trial(trial)],
             )
@@ -129,16 +131,16 @@ def _sampler(study: optuna.Study, rng: np.random.Generator) -> optuna.samplers.B
     return optuna.samplers.PartialFixedSampler({k: v for k, v in params.items() if k not in free}, tpe)
 
 
-def _enqueue(study: optuna.Study, evaluator: Evaluator) -> None:
+def _enqueue(study: optuna.Study, solver: SetSolver) -> None:
     """Queue the first trials that are not there, or that failed before they were finished."""
     names = study.user_attrs.get(WARM_STARTS)
     if names is not None and set(names) <= _started(study):
         return
-    choices = warm.choices(evaluator)
+    choices = warm.choices(solver)
     study.set_user_attr(WARM_STARTS, list(choices))
     for name, choice in choices.items():
         if name not in _started(study):  # asked each time: another worker may be queueing them too
-            study.enqueue_trial(params_of(choice, evaluator), user_attrs={WARM_START: name})
+            study.enqueue_trial(params_of(choice, solver), user_attrs={WARM_START: name})
 
 
 def _started(study: optuna.Study) -> set[object]:
@@ -162,7 +164,7 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def choice_of(trial: FrozenTrial, evaluator: Evaluator) -> Choice:
     """What a trial sampled."""
-    return sample(FixedTrial(trial.params), evaluator)
+    return sample(FixedTrial(trial.params), SetSolver(evaluator))
 
 
 def allocation_of(trial: FrozenTrial, evaluator: Evaluator, goal: Goal) -> Allocation:
@@ -239,7 +241,7 @@ def _allocation(evaluator: Evaluator, choice: Choice, assignment: Ints, bound: f
 
 def _uniforms(evaluator: Evaluator) -> Iterable[Uniform]:
     problem = evaluator.problem
-    table = warm.additive(evaluator)
+    table = SetSolver(evaluator).table
     for column, scheme in enumerate(problem.schemes):
         if not np.isfinite(table.loss[:, column]).all():
             continue

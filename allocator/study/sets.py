@@ -1,0 +1,111 @@
+"""Scheme sets by the exact solver: with every scheme at its own best kernel, which few schemes should a linear hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from allocator.arrays import InfeasibleError, solve_arrays
+from allocator.problem import Floats, Ints
+from allocator.solver import Effort
+from allocator.study.evaluate import Evaluator
+from profiles.kernels import KernelConfig
+from profiles.schemes import QuantScheme
+
+SETS_EFFORT = Effort(good_gap=1e-3, small_items=0, milp_variables=0)
+"""For sets of schemes alone, a trial solves its own bits; without HiGHS, whose seconds a seed would not repeat."""
+Sets = dict[str, tuple[QuantScheme, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Additive:
+    """Each scheme with its own fastest kernel. relative_latency: [B, S, scenarios], each block's share, summing to
+    1 / scenarios for the fastest uniform scheme. loss: inf where a scheme is not offered. configs: by (linear,
+    scenario, scheme).
+    """
+
+    loss: Floats
+    relative_latency: Floats
+    configs: dict[tuple[str, str, QuantScheme], KernelConfig]
+
+
+class SetSolver:
+    """Solves for sets; what was asked once is remembered."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self._solved: dict[tuple[float, ...], Sets] = {}
+
+    @cached_property
+    def table(self) -> Additive:
+        """The problem of the sequential pipeline: best kernel per scheme first."""
+        evaluator, problem = self.evaluator, self.evaluator.problem
+        loss = np.full_like(problem.loss, np.inf)
+        latency = np.zeros((*problem.loss.shape, len(problem.scenarios)))
+        configs = {}
+        for kind in problem.kinds:
+            rows = kind.rows.ravel()
+            for scheme in evaluator.menu.schemes[kind.linear]:
+                column = problem.schemes.index(scheme)
+                loss[rows, column] = problem.loss[rows, column]
+                for i, scenario in enumerate(problem.scenarios):
+                    config = evaluator.menu.config(kind, scenario, (scheme,), 0)
+                    configs[kind.linear, scenario, scheme] = config
+                    share = evaluator.pricer.shares_us(kind, scenario, scheme, config)
+                    scale = evaluator.fastest_uniform_us[scenario] * len(problem.scenarios)
+                    latency[rows, column, i] = np.tile(share, len(kind.rows)) / scale
+        return Additive(loss=loss, relative_latency=latency, configs=configs)
+
+    def cost(self, latency_weights: Mapping[str, float]) -> Floats:
+        """Relative loss plus weighted relative latency, [B, S]."""
+        weights = np.array([latency_weights[name] for name in self.evaluator.problem.scenarios])
+        return np.asarray(self.table.loss / self.evaluator.reference_loss + self.table.relative_latency @ weights)
+
+    def assign(self, cost: Floats, avg_bits: float) -> Ints:
+        """Least cost [B, S] within the average bits when all launches of a linear hold the same few schemes."""
+        problem = self.evaluator.problem
+        launches = np.empty(len(problem.ids), dtype=np.int64)
+        for label, kind in enumerate(problem.kinds):
+            launches[kind.rows.ravel()] = label
+        return solve_arrays(
+            cost,
+            problem.bits,
+            avg_bits=avg_bits,
+            sizes=problem.sizes,
+            launches=launches,
+            max_schemes=self.evaluator.menu.max_schemes,
+            effort=SETS_EFFORT,
+        ).assignment
+
+    def compiled(self, assignment: Ints) -> Sets:
+        """By linear, the schemes in use, most blocks first; less those that no kernel can hold beside them."""
+        problem, menu = self.evaluator.problem, self.evaluator.menu
+        compiled = {}
+        for kind in problem.kinds:
+            columns, counts = np.unique(assignment[kind.rows.ravel()], return_counts=True)
+            order = columns[np.argsort(-counts, kind="stable")]
+            compiled[kind.linear] = menu.compatible(kind, [problem.schemes[column] for column in order])
+        return compiled
+
+    def solved(self, latency_weights: Mapping[str, float]) -> Sets:
+        """The sets for these weights; the leanest scheme alone where no few schemes hold the budget."""
+        problem = self.evaluator.problem
+        key = tuple(latency_weights[name] for name in problem.scenarios)
+        if key not in self._solved:
+            try:
+                found = self.compiled(self.assign(self.cost(latency_weights), problem.bits_limit))
+            except InfeasibleError:
+                found = {
+                    kind.linear: (
+                        min(
+                            self.evaluator.menu.schemes[kind.linear],
+                            key=lambda scheme: scheme.bits_per_weight(kind.shape.k),
+                        ),
+                    )
+                    for kind in problem.kinds
+                }
+            self._solved[key] = found
+        return self._solved[key]
