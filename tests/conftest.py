@@ -8,6 +8,7 @@ A test marked `gpu` is skipped, saying so, where torch sees no CUDA GPU; one mar
 import importlib.util
 import os
 import re
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -26,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job ignores Ctrl-C, and so would every process a test starts and interrupts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     path = config.getoption("gpu_report")
     if path is None:
         return
