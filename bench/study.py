@@ -149,7 +149,7 @@ def table(report: dict[str, Any]) -> str:
                 continue
             worse = 100 * (row["value"] / best - 1)
             lines.append(
-                f"| {row['method']} | {row['value']:.4f} | {worse:+.1f}% | {row['loss']:.4f} |"
+                f"| {row['method']} | {row['value']:.4f} | {worse:+.2f}% | {row['loss']:.4f} |"
                 f" {row['relative_latency']:.3f} | {row['avg_bits']:.4f} | {row['seconds']:.1f} |"
             )
         lines.append("")
