@@ -258,7 +258,11 @@ class CudaDevice:
             p80_us=timing.p80_us,
             num_samples=timing.num_samples,
             sm_clock_mhz=timing.sm_clock_mhz,
-            versions={**self._versions, "reference_ratio": f"{timing.reference_ratio:.3f}"},
+            versions={
+                **self._versions,
+                "reference_ratio": f"{timing.reference_ratio:.3f}",
+                "ctas_per_sm": str(kernel.ctas_per_sm),  # the build's own, often above what the configuration asks for
+            },
         )
 
     def _kernel(self, candidate: Candidate) -> Kernel:
