@@ -1,7 +1,7 @@
 """How long one MoE layer takes to calibrate: `python -m bench.calibration_layer`, by default of Qwen1.5-MoE's size.
 
 A checkpoint of one layer with random weights is written to a temporary folder and calibrated on random tokens, all
-linears in eight schemes, as `python -m allocator.calibrate` does.
+linears in eight schemes, as `python -m allocator.calibrate` does, and the seconds of each stage.
 """
 
 from __future__ import annotations
@@ -11,25 +11,66 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 
 from allocator.calibrate import DEFAULT_SCHEMES
+from allocator.calibration import layer_losses, quantizer
 from allocator.calibration.data import Sequences
 from allocator.calibration.layer_losses import LossOptions
 from allocator.calibration.measures import MEASURES, measure_of
 from allocator.calibration.model import StreamedModel
 from allocator.calibration.quantizer import Quantizer
 from allocator.calibration.sensitivities import calibrate
+from bench.evaluate import write_text
 from profiles import schemes
 from profiles.errors import UserError
 
 VOCABULARY = 4096
+STAGES: dict[str, list[tuple[Any, str]]] = {
+    "reading": [(StreamedModel, "__init__"), (StreamedModel, "_load")],
+    "second moments": [(layer_losses, "gather")],
+    "factorising": [(quantizer, "factorise")],
+    "rounding to nearest, clipping": [(quantizer, "nearest")],
+    "GPTQ": [(quantizer, "gptq")],
+}
+"""Functions timed by themselves; none calls another of them. What they leave is the forward and backward pass and the
+changes' losses."""
+
+
+@contextmanager
+def timed_stages(seconds: dict[str, float]) -> Iterator[None]:
+    """Within it, the seconds spent in each stage are added up in `seconds`."""
+
+    def wrapped(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            begun = _now()
+            result = function(*arguments, **options)
+            seconds[stage] += _now() - begun
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for stage, functions in STAGES.items():
+            seconds[stage] = 0.0
+            for owner, name in functions:
+                patches.enter_context(mock.patch.object(owner, name, wrapped(stage, getattr(owner, name))))
+        yield
+
+
+def _now() -> float:
+    """Seconds, when all work given to the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,10 +98,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder)
         del model
-        begun = time.perf_counter()
-        streamed = StreamedModel(Path(folder), device=arguments.device)
-        calibrate(streamed, sequences, [measure_of(arguments.measure)], options, batch_size=arguments.batch_size)
-        seconds = time.perf_counter() - begun
+        stages: dict[str, float] = {}
+        begun = _now()
+        with timed_stages(stages):
+            streamed = StreamedModel(Path(folder), device=arguments.device)
+            calibrate(streamed, sequences, [measure_of(arguments.measure)], options, batch_size=arguments.batch_size)
+        seconds = _now() - begun
+    stages["forward, backward, losses"] = seconds - sum(stages.values())
     on_gpu = streamed.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(streamed.device) if on_gpu else "cpu",
@@ -72,12 +116,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "measure": arguments.measure,
         "quantizer": options.quantizer.name,
         "seconds": round(seconds, 2),
+        "stages": {stage: round(spent, 2) for stage, spent in stages.items()},
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints one JSON object."""
+    """The command line: prints one JSON object, and writes it if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.calibration_layer", description=__doc__)
     for name, default in (
         ("experts", 60),
@@ -91,9 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", choices=list(MEASURES), default="fisher", help="(default: %(default)s)")
     parser.add_argument("--rotate", action="store_true", help="rotate inputs whose activations are quantised")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: a GPU if there is one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
     arguments = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
     try:
-        print(json.dumps(measure(arguments)))
+        found = json.dumps(measure(arguments), indent=1)
+        if arguments.json is not None:
+            write_text(arguments.json, found + "\n")
+        print(found)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

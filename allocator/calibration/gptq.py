@@ -134,48 +134,50 @@ def _codes(weights: Tensor, start: QuantizedWeights, factors: Factors) -> Tensor
     """Codes of all columns, in the weights' own order of columns."""
     experts, n, k = weights.shape
     upper, order = factors.upper, factors.order
-    gather = order.unsqueeze(1).expand(experts, n, k)
-    work = weights.gather(2, gather)
-    rounder = _Rounder(start, order)
-    codes = torch.empty_like(work, dtype=start.codes.dtype)
+    gather = order.unsqueeze(2).expand(experts, k, n)
+    work = weights.mT.gather(1, gather)  # [E, K, N]: a column's weights lie side by side
+    rounder = _Rounder(start)
+    codes = torch.empty_like(work, dtype=torch.uint8)
     for first in range(0, k, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, k)
-        block, errors = work[:, :, first:last], torch.empty(experts, n, last - first, device=work.device)
+        block, errors = work[:, first:last], torch.empty(experts, last - first, n, device=work.device)
+        scales, zeros = rounder.grids(order[:, first:last])
         inner = upper[:, first:last, first:last]
         for j in range(last - first):
-            column = block[:, :, j]
-            code, value = rounder(column, first + j)
-            codes[:, :, first + j] = code
-            error = (column - value) / inner[:, j, j].unsqueeze(-1)
-            block[:, :, j + 1 :].baddbmm_(error.unsqueeze(2), inner[:, j, j + 1 :].unsqueeze(1), alpha=-1)
-            errors[:, :, j] = error
-        work[:, :, last:].baddbmm_(errors, upper[:, first:last, last:], alpha=-1)
-    raw = codes if codes.dtype is torch.uint8 else codes.view(torch.uint8)
-    back = torch.empty_like(raw).scatter_(2, gather, raw)
-    return back if codes.dtype is torch.uint8 else back.view(codes.dtype)
+            column = block[:, j]
+            code, value = rounder(column, scales[:, j], None if zeros is None else zeros[:, j])
+            codes[:, first + j] = code
+            error = torch.sub(column, value, out=errors[:, j]).div_(inner[:, j, j, None])
+            block[:, j + 1 :].baddbmm_(inner[:, j, j + 1 :].unsqueeze(2), error.unsqueeze(1), alpha=-1)
+        work[:, last:].baddbmm_(upper[:, first:last, last:].mT, errors, alpha=-1)
+    back = torch.empty_like(codes).scatter_(1, gather, codes).mT.contiguous()
+    return back.view(start.codes.dtype)
 
 
 class _Rounder:
     """Columns in an order of their own, each on its group's grid."""
 
-    def __init__(self, start: QuantizedWeights, order: Tensor) -> None:
+    def __init__(self, start: QuantizedWeights) -> None:
         spec = start.scheme.weights
         assert spec is not None
         assert start.scales is not None
         self._is_float = spec.type is NumericType.FLOAT
-        self._groups = order // (spec.group_size or start.codes.shape[-1])
-        self._scales = start.scales.float()
-        middle = float(1 << (spec.num_bits - 1))
-        self._zeros = torch.full_like(self._scales, middle) if start.zeros is None else start.zeros.float()
+        self._group = spec.group_size or start.codes.shape[-1]
+        self._scales = start.scales.float().mT
+        self._zeros = None if start.zeros is None else start.zeros.float().mT
+        self._middle = float(1 << (spec.num_bits - 1))
         self._lowest, self._highest = lowest_code(start.scheme), (1 << spec.num_bits) - 1
 
-    def __call__(self, column: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """(codes, values) [E, N] of the weights [E, N] of the column at a position of the order."""
-        groups = self._groups[:, position].view(-1, 1, 1).expand(-1, column.shape[1], 1)
-        scale = self._scales.gather(2, groups).squeeze(2)
+    def grids(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(scales, zero points) [E, count, N] of some columns, [E, count]; no zero points of a symmetric scheme."""
+        groups = (columns // self._group).unsqueeze(2).expand(-1, -1, self._scales.shape[2])
+        return self._scales.gather(1, groups), None if self._zeros is None else self._zeros.gather(1, groups)
+
+    def __call__(self, column: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(codes as bytes, values) [E, N] of the weights [E, N] of one column on its grid."""
         if self._is_float:
-            code = (column / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-            return code, code.float() * scale
-        zero = self._zeros.gather(2, groups).squeeze(2)
-        step = ((column / scale).round() + zero).clamp(self._lowest, self._highest)
-        return step.to(torch.uint8), (step - zero) * scale
+            code = (column / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+            return code.view(torch.uint8), code.float().mul_(scale)
+        middle = self._middle if zero is None else zero
+        step = (column / scale).round_().add_(middle).clamp_(self._lowest, self._highest)
+        return step.to(torch.uint8), step.sub_(middle).mul_(scale)

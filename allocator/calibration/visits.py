@@ -254,11 +254,14 @@ def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _head_gradient(model: StreamedModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    hidden = hidden.requires_grad_(True)
-    with torch.enable_grad():
-        log_probs = model.logits(hidden).log_softmax(-1)
-        with torch.no_grad():
-            drawn = torch.multinomial(log_probs.exp().flatten(0, 1), 1, generator=generator)
-        loss = -log_probs.flatten(0, 1).gather(1, drawn).sum()
-        (gradient,) = torch.autograd.grad(loss, hidden)
-    return gradient
+    """Of each sequence by itself: the logits of one take 4 bytes x length x vocabulary, some copies of them more."""
+    gradients = []
+    for sequence in torch.split(hidden, 1):
+        states = sequence.detach().requires_grad_(True)
+        with torch.enable_grad():
+            log_probs = model.logits(states)[0].log_softmax(-1)
+            with torch.no_grad():
+                drawn = torch.multinomial(log_probs.exp(), 1, generator=generator)
+            (gradient,) = torch.autograd.grad(-log_probs.gather(1, drawn).sum(), states)
+        gradients.append(gradient)
+    return torch.cat(gradients)
