@@ -65,6 +65,11 @@ def typical_load(trace: Mapping[int, TokenLoad], shape: MoeShape, num_tokens: in
     return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=name)
 
 
+def by_share(load: TokenLoad) -> tuple[int, ...]:
+    """Experts by falling share of a layer's tokens: a `typical_load` gives its counts in this order."""
+    return tuple(sorted(range(load.num_experts), key=lambda expert: -load.tokens_per_expert[expert]))
+
+
 def predicted_table(
     gpu: GpuSpec,
     shape: MoeShape,
