@@ -19,7 +19,7 @@ from typing import Any
 
 from costmodel.facts import BuildFacts
 from kernel_gen.gate import CodeFacts, build_facts, inspect_cubin
-from kernel_gen.kernels import KernelSpec, entry
+from kernel_gen.kernels import KernelSpec, StepSpec, entry
 from kernel_gen.timing import monotonic_s
 from profiles.errors import BitileError, UserError
 from profiles.gpus import GpuSpec
@@ -77,15 +77,24 @@ def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
     return Artifact(spec=spec, object_path=object_path, code=code, compile_seconds=seconds)
 
 
-def load_in_process(spec: KernelSpec) -> Callable[..., None]:
+def inspect_step(spec: StepSpec) -> CodeFacts:
+    """Compile a step and read its machine code. CompileError when the compiler refuses it."""
+    with tempfile.TemporaryDirectory(prefix="bitile-step-") as scratch:
+        compiled = _compile(spec, f"--keep-cubin --dump-dir {scratch}")
+        cubin = Path(scratch, f"{spec.name}.cubin")
+        cubin.write_bytes(compiled.__cubin__)
+        return inspect_cubin(cubin, arch=spec.arch)
+
+
+def load_in_process(spec: KernelSpec | StepSpec) -> Callable[..., None]:
     """Compile `spec` into this process, which has a GPU of `spec.arch`: the function takes the entry's arguments of
-    ARCHITECTURE.md.
+    ARCHITECTURE.md, a step's those of its `__call__`.
     """
     function: Callable[..., None] = _compile(spec, "")
     return function
 
 
-def _compile(spec: KernelSpec, options: str) -> Any:
+def _compile(spec: KernelSpec | StepSpec, options: str) -> Any:
     import cutlass.cute as cute
     from cutlass.base_dsl.common import DSLBaseError
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from kernel_gen.bundle import Bundle
 from kernel_gen.experts import Experts
-from kernel_gen.kernels import KernelSpec
+from kernel_gen.kernels import KernelSpec, StepSpec
 from kernel_gen.runtime import Kernel
 from kernel_gen.select import choose, table_size
 from profiles.errors import SpecError, UnsupportedError
@@ -31,6 +32,7 @@ class KernelLibrary:
             raise SpecError(f"bundle: expected kernels for {gpu.arch}, got {bundle.gpu.arch} ({bundle.path})")
         self.gpu, self.bundle = gpu, bundle
         self._loaded: dict[KernelSpec, Kernel] = {}
+        self._steps: dict[StepSpec, Callable[..., None]] = {}
 
     def best(self, experts: Experts, num_rows: int) -> Kernel:
         """The kernel that the latency model ranks first for these experts and so many rows of X."""
@@ -42,12 +44,18 @@ class KernelLibrary:
         ordered = tuple(sorted(schemes, key=lambda scheme: scheme.name))
         spec = KernelSpec(config=config, schemes=ordered, arch=self.gpu.arch, max_experts=max_experts)
         if spec not in self._loaded:
-            if torch.cuda.is_current_stream_capturing():
-                raise SpecError(
-                    f"{spec.label} is not loaded, and a graph capture cannot load it: run the launch once before"
-                )
+            _require_no_capture(spec.label)
             self._loaded[spec] = self._bundled(spec) if self.bundle is not None else _compiled(spec)
         return self._loaded[spec]
+
+    def step(self, spec: StepSpec) -> Callable[..., None]:
+        """One of a layer's steps around its GEMMs. UnsupportedError from a bundle, which has none."""
+        if spec not in self._steps:
+            _require_no_capture(spec.label)
+            if self.bundle is not None:
+                raise UnsupportedError(spec.label, [f"the bundle {self.bundle.path} has GEMMs only"])
+            self._steps[spec] = _load(spec)
+        return self._steps[spec]
 
     def _bundled(self, spec: KernelSpec) -> Kernel:
         assert self.bundle is not None
@@ -58,9 +66,18 @@ class KernelLibrary:
 
 
 def _compiled(spec: KernelSpec) -> Kernel:
+    return Kernel(spec, _load(spec), ctas_per_sm=spec.config.min_ctas_per_sm)
+
+
+def _load(spec: KernelSpec | StepSpec) -> Callable[..., None]:
     from kernel_gen.compiler import load_in_process
 
-    return Kernel(spec, load_in_process(spec), ctas_per_sm=spec.config.min_ctas_per_sm)
+    return load_in_process(spec)
+
+
+def _require_no_capture(label: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise SpecError(f"{label} is not loaded, and a graph capture cannot load it: run the launch once before")
 
 
 @functools.cache

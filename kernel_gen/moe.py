@@ -5,12 +5,16 @@ Every mistake raises SpecError (or UnsupportedError) naming the argument; nothin
 
 from __future__ import annotations
 
+import enum
 import itertools
 
 import torch
 from torch import Tensor
 
 from kernel_gen.experts import Experts
+from kernel_gen.layer import plain
+from kernel_gen.layer.fused import MAX_RANKED_IDS, FusedSteps
+from kernel_gen.layer.routing import Routing
 from kernel_gen.library import KernelLibrary, library_of
 from kernel_gen.runtime import Activations
 from profiles.errors import SpecError
@@ -45,6 +49,22 @@ def grouped_gemm(
     return kernels.best(experts, num_rows)(x, experts, offsets, out)
 
 
+class Fusion(enum.Flag):
+    """The steps of a layer that run as kernels of this project instead of torch's operators.
+
+    ROUTE: expert ids to places in expert order. GATHER: tokens to those places, quantised on the way. SWIGLU: the first
+    GEMM's output to the second's input, quantised on the way. COMBINE: back to tokens, times the router's weights. For
+    few tokens ROUTE and GATHER together are one launch.
+    """
+
+    NONE = 0
+    ROUTE = enum.auto()
+    GATHER = enum.auto()
+    SWIGLU = enum.auto()
+    COMBINE = enum.auto()
+    ALL = ROUTE | GATHER | SWIGLU | COMBINE
+
+
 class MoELayer(torch.nn.Module):
     """silu(X gate) * (X up), times down, summed over each token's experts with the router's weights.
 
@@ -52,12 +72,20 @@ class MoELayer(torch.nn.Module):
         gate_up: [E, 2 * I, H] weights, gate's I rows before up's.
         down: [E, H, I] weights.
         library: the kernels to choose from; the device's own by default.
+        fusions: what runs as kernels of this project, by default all; none of them from a bundle, which has GEMMs only.
 
     Launches depend on shapes alone: no value is read by the host, so a CUDA graph can hold `forward` once it ran
     before. Under torch.compile the layer is one opaque step between compiled parts.
     """
 
-    def __init__(self, gate_up: Experts, down: Experts, *, library: KernelLibrary | None = None) -> None:
+    def __init__(
+        self,
+        gate_up: Experts,
+        down: Experts,
+        *,
+        library: KernelLibrary | None = None,
+        fusions: Fusion | None = None,
+    ) -> None:
         super().__init__()
         if gate_up.num_experts != down.num_experts:
             raise SpecError(f"down: expected {gate_up.num_experts} experts as gate_up has, got {down.num_experts}")
@@ -70,8 +98,9 @@ class MoELayer(torch.nn.Module):
             raise SpecError(f"down: expected both on one CUDA device, got {gate_up.device} and {down.device}")
         self.gate_up, self.down = gate_up, down
         self.kernels = library or library_of(gate_up.device.index or 0)
-        self._bounds: Tensor
-        self.register_buffer("_bounds", torch.arange(gate_up.num_experts + 1, device=gate_up.device), persistent=False)
+        default = Fusion.ALL if self.kernels.bundle is None else Fusion.NONE
+        self.fusions = default if fusions is None else fusions
+        self._fused = FusedSteps(gate_up, down, self.kernels) if self.fusions else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
@@ -84,25 +113,38 @@ class MoELayer(torch.nn.Module):
             expert_weights: floats [T, top_k], what each expert's output is multiplied by.
         """
         self._check(hidden, expert_ids, expert_weights)
-        tokens, top_k = expert_ids.shape
-        if tokens == 0:
-            return hidden.new_empty(0, self.down.n)
-        num_experts = self.gate_up.num_experts
-        ids = torch.where((expert_ids < 0) | (expert_ids >= num_experts), num_experts, expert_ids).flatten()
-        sorted_ids, order = ids.sort(stable=True)
-        offsets = torch.searchsorted(sorted_ids, self._bounds.to(sorted_ids.dtype)).to(torch.int32)
-        x = hidden[order // top_k]
-        gate, up = grouped_gemm(x, self.gate_up, offsets, library=self.kernels, check_offsets=False).chunk(2, dim=1)
-        y = torch.zeros(tokens * top_k, -(-self.down.n // 8) * 8, dtype=torch.bfloat16, device=hidden.device)
-        product = torch.nn.functional.silu(gate) * up
-        aligned = y if self.down.n == y.shape[1] else None
-        filled = grouped_gemm(product, self.down, offsets, aligned, library=self.kernels, check_offsets=False)
-        if aligned is None:
-            y = torch.where((sorted_ids < num_experts)[:, None], filled, 0)
-        scattered = torch.empty_like(y)
-        scattered[order] = y
-        weights = expert_weights.to(torch.float32)[..., None]
-        return (scattered.view(tokens, top_k, -1).float() * weights).sum(1).to(torch.bfloat16)
+        if expert_ids.numel() == 0:
+            return hidden.new_zeros(len(hidden), self.down.n)
+        routing, x = self._dispatch(hidden, expert_ids)
+        gate_up = grouped_gemm(x, self.gate_up, routing.offsets, library=self.kernels, check_offsets=False)
+        if fused := self._uses(Fusion.SWIGLU):
+            product = fused.swiglu(gate_up, routing)
+        else:
+            product = plain.swiglu(gate_up, self.down)
+        y = grouped_gemm(product, self.down, routing.offsets, library=self.kernels, check_offsets=False)
+        if fused := self._uses(Fusion.COMBINE):
+            return fused.combine(y, routing, expert_weights)
+        return plain.combine(y, routing, expert_weights)
+
+    def _dispatch(self, hidden: Tensor, expert_ids: Tensor) -> tuple[Routing, Activations]:
+        """Tokens in expert order, as gate_up reads them."""
+        routing: Routing | None = None
+        route, gather = self._uses(Fusion.ROUTE), self._uses(Fusion.GATHER)
+        if route and not (gather and expert_ids.numel() <= MAX_RANKED_IDS):
+            routing = route.route(expert_ids)
+        elif not route:
+            routing = plain.route(expert_ids, self.gate_up.num_experts)
+        for_swiglu = Fusion.SWIGLU in self.fusions
+        if gather:
+            return gather.gather(hidden, expert_ids, routing, for_swiglu=for_swiglu)
+        assert routing is not None
+        if for_swiglu and self._fused is not None:
+            routing = self._fused.with_formats(routing, expert_ids)
+        return routing, plain.gather(hidden, routing, self.gate_up)
+
+    def _uses(self, step: Fusion) -> FusedSteps | None:
+        """The fused steps, if this one is among the layer's fusions."""
+        return self._fused if step in self.fusions else None
 
     def _check(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
         device = self.gate_up.device
@@ -116,15 +158,25 @@ class MoELayer(torch.nn.Module):
                 f"hidden: expected bfloat16 [T, {self.gate_up.k}] on {device}, "
                 f"got {hidden.dtype} {list(hidden.shape)} on {hidden.device}"
             )
-        if expert_ids.dim() != 2 or expert_ids.shape[0] != hidden.shape[0] or expert_ids.is_floating_point():
+        is_integer = not (expert_ids.is_floating_point() or expert_ids.is_complex() or expert_ids.dtype == torch.bool)
+        if (
+            not is_integer
+            or expert_ids.dim() != 2
+            or expert_ids.shape[0] != hidden.shape[0]
+            or expert_ids.device != device
+        ):
             raise SpecError(
-                f"expert_ids: expected integers [{hidden.shape[0]}, top_k], "
-                f"got {expert_ids.dtype} {list(expert_ids.shape)}"
+                f"expert_ids: expected integers [{hidden.shape[0]}, top_k] on {device}, "
+                f"got {expert_ids.dtype} {list(expert_ids.shape)} on {expert_ids.device}"
             )
-        if expert_weights.shape != expert_ids.shape or not expert_weights.is_floating_point():
+        if (
+            not expert_weights.is_floating_point()
+            or expert_weights.shape != expert_ids.shape
+            or expert_weights.device != device
+        ):
             raise SpecError(
-                f"expert_weights: expected floats {list(expert_ids.shape)}, "
-                f"got {expert_weights.dtype} {list(expert_weights.shape)}"
+                f"expert_weights: expected floats {list(expert_ids.shape)} on {device}, "
+                f"got {expert_weights.dtype} {list(expert_weights.shape)} on {expert_weights.device}"
             )
 
 

@@ -50,15 +50,16 @@ ENTRY_MODULE = {Family.MMA: "kernel_gen.kernels.mma", Family.WGMMA: "kernel_gen.
 """Where each family's `entry` is; a family that is not here cannot be generated."""
 
 
-@functools.cache
 def source_digest(family: Family) -> str:
-    """SHA-256 over the sources that decide what machine code a family's specs become: its entry module and all of
-    kernel_gen it imports.
-    """
+    """SHA-256 over the sources that decide what machine code a family's specs become."""
+    return module_digest(ENTRY_MODULE[family])
+
+
+@functools.cache
+def module_digest(entry_module: str) -> str:
+    """SHA-256 over the sources of an entry's module and all of kernel_gen it imports."""
     digest = hashlib.sha256(str(KERNEL_ABI).encode())
-    for module in sorted(
-        _closure(ENTRY_MODULE[family]) - {__name__}
-    ):  # this module only describes: the label stands for it
+    for module in sorted(_closure(entry_module) - {__name__}):  # this module only describes: the label stands for it
         digest.update(module.encode() + _source(module).read_bytes())
     return digest.hexdigest()
 

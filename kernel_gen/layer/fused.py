@@ -1,0 +1,222 @@
+"""A layer's steps as kernels (kernel_gen.kernels.steps). Each gives what `plain` gives, for the rows that some expert
+reads; the others' memory is left as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from kernel_gen.experts import Experts
+from kernel_gen.kernels.steps.spec import (
+    ACTIVATION_ARGUMENT,
+    CHUNK,
+    FORMAT_CODE,
+    MAX_EXPERTS,
+    MAX_TOP_K,
+    VECTOR,
+    CombineSpec,
+    CountSpec,
+    GatherSpec,
+    PlaceSpec,
+    SwigluSpec,
+    row_shape,
+)
+from kernel_gen.layer.routing import Routing, kinds_of
+from kernel_gen.layouts import X_K_MULTIPLE, ActivationKind, activation_kind, round_up
+from kernel_gen.library import KernelLibrary
+from kernel_gen.runtime import Activations
+from profiles.errors import SpecError, UnsupportedError
+
+MAX_RANKED_IDS = 4096
+"""Up to here `gather` works out the places itself: one launch instead of three, though every CTA reads every id."""
+COMBINE_THREADS = 128
+
+_ELEMENTS = {ActivationKind.BF16: torch.bfloat16, ActivationKind.INT8: torch.int8}
+
+
+class FusedSteps:
+    """The steps of one layer.
+
+    Args:
+        gate_up, down: the layer's experts.
+        library: where kernels come from.
+    """
+
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary) -> None:
+        self._library, self._arch, self._device = library, library.gpu.arch, gate_up.device
+        self._num_experts = gate_up.num_experts
+        if self._num_experts > MAX_EXPERTS:
+            raise UnsupportedError("the fused steps", [f"{self._num_experts} experts, at most {MAX_EXPERTS}"])
+        self._hidden, self._intermediate = gate_up.k, down.k
+        self._first_kinds, self._second_kinds = kinds_of(gate_up, "gate_up"), kinds_of(down, "down")
+        self._gather_shape = _shape(self._hidden, self._first_kinds)
+        self._swiglu_shape = _shape(self._intermediate, self._second_kinds)
+        self._formats = torch.tensor(
+            [
+                FORMAT_CODE[activation_kind(first)] | FORMAT_CODE[activation_kind(second)] << 8
+                for first, second in zip(gate_up.scheme_of_expert, down.scheme_of_expert, strict=True)
+            ],
+            dtype=torch.int32,
+            device=self._device,
+        )
+        # ids of no expert look one entry further
+        self._formats = torch.nn.functional.pad(self._formats, (0, 1))
+
+    def route(self, expert_ids: Tensor) -> Routing:
+        """Integers [T, top_k] to places; an id outside 0..E-1 goes behind all others."""
+        ids = _ids(expert_ids).flatten()
+        counts = self._empty(-(-len(ids) // CHUNK), self._num_experts + 1)
+        positions, offsets = self._empty(*expert_ids.shape), self._empty(self._num_experts + 1)
+        bits = 8 * ids.element_size()
+        with torch.cuda.device(self._device):
+            self._library.step(CountSpec(arch=self._arch, id_bits=bits))(ids, counts.data_ptr(), self._num_experts)
+            self._library.step(PlaceSpec(arch=self._arch, id_bits=bits))(
+                ids, counts.data_ptr(), positions.data_ptr(), offsets.data_ptr(), self._num_experts
+            )
+        return Routing(offsets=offsets, positions=positions)
+
+    def gather(
+        self, hidden: Tensor, expert_ids: Tensor, routing: Routing | None, *, for_swiglu: bool
+    ) -> tuple[Routing, Activations]:
+        """bf16 [T, H] to rows in expert order, each in the form that its expert's first linear reads.
+
+        routing: the places; None: worked out here, of at most MAX_RANKED_IDS ids. for_swiglu: `swiglu` below is next.
+        """
+        tokens, top_k = expert_ids.shape
+        if top_k > MAX_TOP_K:
+            raise UnsupportedError("the fused gather", [f"top_k {top_k}, at most {MAX_TOP_K}"])
+        ids, source = _ids(expert_ids), hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        found = routing or Routing(offsets=self._empty(self._num_experts + 1), positions=self._empty(tokens, top_k))
+        writes_formats = for_swiglu and len(self._second_kinds) > 1
+        formats = self._empty(tokens * top_k) if writes_formats else None
+        threads, vectors = self._gather_shape
+        spec = GatherSpec(
+            arch=self._arch,
+            threads=threads,
+            vectors=vectors,
+            kinds=self._first_kinds,
+            aligned=_is_aligned(source, self._hidden),
+            top_k=top_k,
+            id_bits=8 * ids.element_size(),
+            ranks=routing is None,
+            writes_formats=writes_formats,
+        )
+        x = empty_activations(tokens * top_k, self._hidden, self._first_kinds, self._device)
+        with torch.cuda.device(self._device):
+            self._library.step(spec)(
+                ids,
+                source.data_ptr(),
+                source.stride(0),
+                found.positions.data_ptr(),
+                found.offsets.data_ptr(),
+                self._formats.data_ptr(),
+                0 if formats is None else formats.data_ptr(),
+                *x.addresses,
+                self._num_experts,
+                self._hidden,
+            )
+        return Routing(offsets=found.offsets, positions=found.positions, row_formats=formats), x
+
+    def with_formats(self, routing: Routing, expert_ids: Tensor) -> Routing:
+        """The routing with each row's format, by torch: for a gather that is not fused."""
+        if len(self._second_kinds) == 1:
+            return routing
+        is_known = (expert_ids >= 0) & (expert_ids < self._num_experts)
+        formats = self._formats[torch.where(is_known, expert_ids, self._num_experts).long()]
+        by_row = torch.empty_like(formats.flatten())
+        by_row[routing.positions.flatten()] = formats.flatten()
+        return dataclasses.replace(routing, row_formats=by_row)
+
+    def swiglu(self, gate_up: Tensor, routing: Routing) -> Activations:
+        """bf16 [rows, 2 * I] to silu(gate) * up, rounded once, in the form that its expert's second linear reads."""
+        rows, threads_vectors = len(gate_up), self._swiglu_shape
+        spec = SwigluSpec(
+            arch=self._arch,
+            threads=threads_vectors[0],
+            vectors=threads_vectors[1],
+            kinds=self._second_kinds,
+            aligned=_is_aligned(gate_up, self._intermediate),
+        )
+        x = empty_activations(rows, self._intermediate, self._second_kinds, self._device)
+        formats = 0
+        if len(self._second_kinds) > 1:
+            if routing.row_formats is None:
+                raise SpecError("routing: expected each row's format, as gather with for_swiglu gives")
+            formats = routing.row_formats.data_ptr()
+        with torch.cuda.device(self._device):
+            self._library.step(spec)(
+                routing.offsets, gate_up.data_ptr(), gate_up.stride(0), formats, *x.addresses, rows, self._intermediate
+            )
+        return x
+
+    def combine(self, y: Tensor, routing: Routing, expert_weights: Tensor) -> Tensor:
+        """bf16 [rows, H] to bf16 [T, H]: each token's rows times floats [T, top_k], added in float32 in that order."""
+        tokens, top_k = routing.positions.shape
+        if top_k > MAX_TOP_K:
+            raise UnsupportedError("the fused combine", [f"top_k {top_k}, at most {MAX_TOP_K}"])
+        is_known = expert_weights.dtype in (torch.float32, torch.bfloat16)
+        weights = (expert_weights if is_known else expert_weights.float()).contiguous()
+        out = torch.empty(tokens, self._hidden, dtype=torch.bfloat16, device=self._device)
+        spec = CombineSpec(
+            arch=self._arch,
+            threads=COMBINE_THREADS,
+            top_k=top_k,
+            weight_bits=8 * weights.element_size(),
+            aligned=_is_aligned(y, self._hidden),
+        )
+        with torch.cuda.device(self._device):
+            self._library.step(spec)(
+                routing.offsets,
+                y.data_ptr(),
+                y.stride(0),
+                routing.positions.data_ptr(),
+                weights.data_ptr(),
+                out.data_ptr(),
+                tokens,
+                self._hidden,
+            )
+        return out
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=self._device)
+
+
+def empty_activations(rows: int, k: int, kinds: tuple[ActivationKind, ...], device: torch.device | str) -> Activations:
+    """Memory for rows of K values in each of these forms."""
+    addresses = [0] * 7
+    tensors: list[Tensor] = []
+    for kind in kinds:
+        columns = round_up(k, X_K_MULTIPLE[kind])
+        is_int4 = kind in (ActivationKind.INT4, ActivationKind.INT4_GROUP)
+        dtype = torch.uint8 if is_int4 else _ELEMENTS.get(kind, torch.float8_e4m3fn)
+        codes = torch.empty(rows, columns // 2 if is_int4 else columns, dtype=dtype, device=device)
+        tensors.append(codes)
+        addresses[ACTIVATION_ARGUMENT[kind]] = codes.data_ptr()
+        if kind is not ActivationKind.BF16:
+            groups = columns // X_K_MULTIPLE[kind] if kind is ActivationKind.INT4_GROUP else 1
+            scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
+            tensors.append(scales)
+            addresses[ACTIVATION_ARGUMENT[kind] + 1] = scales.data_ptr()
+    return Activations(num_tokens=rows, k=k, addresses=tuple(addresses), tensors=tuple(tensors))
+
+
+def _shape(columns: int, kinds: tuple[ActivationKind, ...]) -> tuple[int, int]:
+    """(threads, vectors) of a CTA that holds a row, padded as its forms are."""
+    padded = max(round_up(columns, X_K_MULTIPLE[kind]) for kind in kinds)
+    shape = row_shape(padded)
+    if shape is None:
+        raise UnsupportedError("the fused steps", [f"rows of {columns} values: no CTA holds one"])
+    return shape
+
+
+def _is_aligned(rows: Tensor, columns: int) -> bool:
+    return columns % VECTOR == 0 and rows.stride(0) % VECTOR == 0 and rows.data_ptr() % 16 == 0
+
+
+def _ids(expert_ids: Tensor) -> Tensor:
+    """As the kernels read them."""
+    is_known = expert_ids.dtype in (torch.int32, torch.int64)
+    return (expert_ids if is_known else expert_ids.long()).contiguous()
