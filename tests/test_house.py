@@ -23,6 +23,7 @@ MAY_LOAD_TORCH = (
     "kernel_gen.timing",
     "kernel_gen.measure",
     "kernel_gen.library",
+    "kernel_gen.layer",
     "kernel_gen.moe",
     "allocator.calibration",
 )
