@@ -2,18 +2,20 @@
 kernel_gen.layouts.
 
 BF16 math: codes u become (u - z), exact in bf16, then times the group's scale where there is one (a per-channel scale
-waits for the epilogue). The integer u sits in the mantissa of bf16 128 + u (u < 16), or of float32 2^23 + u (8 bits),
-so that no conversion instruction runs.
+waits for the epilogue). The integer u sits in the mantissa of bf16 128 + u (u < 16); 8 bits are u - 128 = a - b with the
+low seven bits in a = 128 + u mod 128 and the top one in b = 256 or 128. So no conversion instruction runs.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 
 from kernel_gen.kernels import ptx
 from profiles.gpus import Math
 
 BF16_128 = 0x43004300  # bf16 pair (128, 128): ulp 1, low mantissa bits hold u
+BF16_128_BYTES = 0x43434343  # the high byte of each
+TOP_BITS = 0x00800080
 BF16_ONE = 0x3F803F80
 BF16_MINUS_ONE = 0xBF80BF80
 BF16_MINUS_128 = 0xC300C300
@@ -34,7 +36,7 @@ class Bf16Weights:
 
     def constants(self):
         """Registers that every k-tile needs; kept by the mainloop."""
-        values = (BF16_128, BF16_ONE, BF16_MINUS_ZERO, BF16_MINUS_ONE, BF16_MINUS_128)
+        values = (BF16_128, BF16_ONE, BF16_MINUS_ZERO, BF16_MINUS_ONE, BF16_MINUS_128, TOP_BITS, BF16_128_BYTES)
         return tuple(ptx.pinned(value) for value in values)
 
     @cute.jit
@@ -62,27 +64,20 @@ class Bf16Weights:
         if const_expr(self.num_bits == 3):
             words[2, m] = ptx.lds32(unit + 1024 + w * 128 + lane * 4)
 
-    @property
-    def bias_type(self):
-        return Float32 if self.num_bits == 8 else Int32
-
     def bias(self, zero_pair, consts):
-        """What is added to the magic number to leave u - z, for rows g and g + 8: bf16 pairs for up to 4 bits, floats
-        for 8.
+        """What is added to codes as they are decoded to leave u - z, for rows g and g + 8, as bf16 pairs: -(128 + z) for
+        up to 4 bits, 128 - z for 8.
 
         zero_pair holds the zero points of the two rows as bf16; None for symmetric schemes, whose zero point is
         2^(b-1).
         """
-        if self.num_bits == 8:
-            if zero_pair is None:
-                return Float32(-(2.0**23) - 128.0), Float32(-(2.0**23) - 128.0)
-            low, high = ptx.bf16_low_to_f32(zero_pair), ptx.bf16_high_to_f32(zero_pair)
-            return Float32(-(2.0**23)) - low, Float32(-(2.0**23)) - high
         if zero_pair is None:
-            bits = {4: 0xC308, 3: 0xC304, 2: 0xC302}[self.num_bits]  # -(128 + 2^(b-1))
+            if self.num_bits == 8:
+                return Int32(0), Int32(0)  # nothing is left to add
+            bits = {4: 0xC308, 3: 0xC304, 2: 0xC302}[self.num_bits]
             packed = ptx.pinned(bits << 16 | bits)
             return packed, packed
-        both = ptx.fma_bf16x2(zero_pair, consts[3], consts[4])  # -(z + 128): below 256, exact
+        both = ptx.fma_bf16x2(zero_pair, consts[3], consts[0] if self.num_bits == 8 else consts[4])  # exact
         return ptx.broadcast_low(both), ptx.broadcast_high(both)
 
     def codes(self, words, m, ks, r, consts):
@@ -104,9 +99,11 @@ class Bf16Weights:
         for r in range(4):
             bias = biases[r & 1, m]
             if self.num_bits == 8:
-                word = words[2 * ks + (r >> 1), m]
-                low = ptx.byte_to_magic_f32(word, 2 * (r & 1)) + bias
-                pair = ptx.pack_bf16(low, ptx.byte_to_magic_f32(word, 2 * (r & 1) + 1) + bias)
+                pair = ptx.bytes_with(words[2 * ks + (r >> 1), m], r & 1, consts[6])
+                low = pair & Int32(-0x00800081)
+                pair = ptx.fma_bf16x2(ptx.and_xor(pair, 0xFF80FF80, consts[5]), consts[3], low)
+                if self.zero_points:
+                    pair = ptx.fma_bf16x2(pair, consts[1], bias)
             else:
                 pair = ptx.fma_bf16x2(self.codes(words, m, ks, r, consts), consts[1], bias)
             if self.group_scales:

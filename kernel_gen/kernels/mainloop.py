@@ -179,7 +179,7 @@ class Mainloop:
         if self.math is Math.BF16:
             words = cute.make_rmem_tensor((self.weights.words, self.m_blocks), Int32)
             scales = cute.make_rmem_tensor((2, self.m_blocks), Int32)
-            biases = cute.make_rmem_tensor((2, self.m_blocks), self.weights.bias_type)
+            biases = cute.make_rmem_tensor((2, self.m_blocks), Int32)
             return acc, words, fragments, scales, biases, self.weights.constants()
         words = cute.make_rmem_tensor((self.weights.words, self.m_blocks), Int32)
         sums = cute.make_rmem_tensor((4, self.m_blocks, self.n_blocks), Int32) if self.grouped else acc

@@ -137,13 +137,18 @@ def and_or(value, mask, bits):
     )
 
 
-def byte_to_magic_f32(word, index):
-    """Float 2^23 + byte `index` of word: one byte permute, no conversion instruction."""
-    selector = hex(0x7650 | index)
+def and_xor(value, mask, bits):
+    """(value & mask) ^ bits in one lop3."""
     return _ptx(
-        "{.reg .b32 t; prmt.b32 t, {$r0}, 0x4B000000, " + selector + "; mov.b32 {$w0}, t;}",
-        write_only_types=[Float32],
-        read_only_args=[word],
+        "lop3.b32 {$w0}, {$r0}, " + hex(mask) + ", {$r1}, 0x6A;", write_only_types=[Int32], read_only_args=[value, bits]
+    )
+
+
+def bytes_with(word, half, high):
+    """Bytes 2 half and 2 half + 1 of word, each the low byte of a 16-bit element under a byte of `high`."""
+    selector = hex(0x4040 | (2 * half + 1) << 8 | 2 * half)
+    return _ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, " + selector + ";", write_only_types=[Int32], read_only_args=[word, high]
     )
 
 

@@ -12,12 +12,14 @@ from cutlass import BFloat16, Float8E4M3FN, Float32, Int8, Int32, Int64, const_e
 from cutlass.cute.nvgpu import warpgroup
 
 from kernel_gen.kernels import ptx
-from kernel_gen.kernels.dequant import Bf16Weights, NarrowWeights
+from kernel_gen.kernels.dequant import BF16_ONE, Bf16Weights, NarrowWeights
 from kernel_gen.layouts import STRIP_BYTES
 from profiles.gpus import Math
 
 CODE_TYPE = {Math.BF16: BFloat16, Math.INT8: Int8, Math.E4M3: Float8E4M3FN}
 K_STEPS = 4  # a k-tile is 128 bytes of a token's row, a wgmma takes 32
+FOLD_UP_TO = 16  # tokens of a tile: at 32 the sums take more registers than three CTAs an SM have
+FOLDED_K_TILES = 2  # k-tiles whose sums of codes are added up before they are scaled: a group of 128
 
 
 class WgmmaMainloop:
@@ -29,6 +31,7 @@ class WgmmaMainloop:
         self.math = facts.math
         self.narrow = self.math is not Math.BF16
         self.grouped = facts.has_group_scales and self.narrow
+        self.folded = self.math is Math.BF16 and facts.weight_bits <= 4 and tile_n <= FOLD_UP_TO
         self.has_group_zeros = facts.has_group_scales and facts.has_zero_points
         if self.narrow:
             self.weights = NarrowWeights(self.math, facts.weight_bits, K_STEPS, facts.unit_bytes)
@@ -80,7 +83,7 @@ class WgmmaMainloop:
         fragments = cute.recast_tensor(a, Int32)
         state = self.registers()
         blocks = (group, warp, lane)
-        if const_expr(not self.narrow and facts.weight_bits != 16 and not self.has_group_zeros):
+        if const_expr(not self.narrow and facts.weight_bits != 16 and not self.has_group_zeros and not self.folded):
             self.fetch_channel(state, feature_tile, index, slot_at, units, blocks)
         add = cute.make_mma_atom(mma.op)
         add.set(warpgroup.Field.ACCUMULATE, True)
@@ -91,25 +94,75 @@ class WgmmaMainloop:
             total.fill(0.0)
             first = cute.make_mma_atom(mma.op)
             first.set(warpgroup.Field.ACCUMULATE, False)
-            for _ in cutlass.range(k_tiles, unroll=1):
-                cute.arch.mbarrier_wait(barriers + stage, phase)
-                at_w = start + arrays.weights + stage * arrays.weights_stage
+            cute.arch.mbarrier_wait(barriers + stage, phase)
+            at_w = start + arrays.weights + stage * arrays.weights_stage
+            for ks in cutlass.range_constexpr(K_STEPS):
+                self.decode(fragments, state, ks, at_w, at_w, blocks)
+            for kt in cutlass.range(k_tiles, unroll=1):
                 at_s = start + arrays.strips + stage * arrays.strips_stage
-                for ks in cutlass.range_constexpr(K_STEPS):
-                    self.decode(fragments, state, ks, at_w, at_s, blocks)
                 warpgroup.fence()
                 for ks in cutlass.range_constexpr(K_STEPS):
                     atom = first if const_expr(ks == 0) else add
                     cute.gemm(atom, sums, a[None, None, ks], b[None, None, ks, stage], sums)
-                warpgroup.commit_group()
+                    warpgroup.commit_group()
                 scales = self.row_scales(at_s, blocks)
-                warpgroup.wait_group(0)
-                self.release(barriers + num_stages + stage)
-                self.add_group(total, sums, scales)
+                before = stage
                 stage += 1
                 if stage == num_stages:
                     stage = Int32(0)
                     phase ^= 1
+                if kt + 1 < k_tiles:
+                    cute.arch.mbarrier_wait(barriers + stage, phase)
+                at_w = start + arrays.weights + stage * arrays.weights_stage
+                for ks in cutlass.range_constexpr(K_STEPS):
+                    warpgroup.wait_group(K_STEPS - 1 - ks)
+                    self.decode(fragments, state, ks, at_w, at_w, blocks)
+                self.release(barriers + num_stages + before)
+                self.add_group(total, sums, scales)
+            acc = total
+        elif const_expr(self.folded):
+            zeros = self.fold_channel(feature_tile, index, slot_at, units, blocks)
+            ones = thread_mma.make_fragment_A(mma.partition_shape_A((64 * self.groups, facts.k_tile)))
+            cute.recast_tensor(ones, Int32).fill(BF16_ONE)
+            token_sums = cute.make_rmem_tensor(mma.partition_shape_C((64 * self.groups, self.tile_n)), Float32)
+            total = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), Float32)
+            total.fill(0.0)
+            cute.arch.mbarrier_wait(barriers + stage, phase)
+            at_w = start + arrays.weights + stage * arrays.weights_stage
+            self.decode(fragments, state, 0, at_w, at_w, blocks)
+            before = stage
+            for kt in cutlass.range(k_tiles, unroll=1):
+                at_s = start + arrays.strips + stage * arrays.strips_stage
+                after = stage + 1
+                after_phase = phase
+                if after == num_stages:
+                    after = Int32(0)
+                    after_phase = phase ^ 1
+                for ks in cutlass.range_constexpr(K_STEPS):
+                    if const_expr(ks == K_STEPS - 1):
+                        if kt + 1 < k_tiles:
+                            cute.arch.mbarrier_wait(barriers + after, after_phase)
+                        at_w = start + arrays.weights + after * arrays.weights_stage
+                    self.decode(fragments, state, (ks + 1) % K_STEPS, at_w, at_w, blocks)
+                    warpgroup.fence()
+                    if const_expr(ks == 0):
+                        add.set(warpgroup.Field.ACCUMULATE, kt % FOLDED_K_TILES != 0)
+                    else:
+                        add.set(warpgroup.Field.ACCUMULATE, True)
+                    cute.gemm(add, token_sums, ones[None, None, 0], b[None, None, ks, stage], token_sums)
+                    cute.gemm(add, acc, a[None, None, ks], b[None, None, ks, stage], acc)
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(2)
+                    if const_expr(ks == 1):
+                        if kt > 0:
+                            self.release(barriers + num_stages + before)
+                if kt % FOLDED_K_TILES == FOLDED_K_TILES - 1 or kt + 1 == k_tiles:
+                    warpgroup.wait_group(0)
+                    self.fold(total, acc, token_sums, zeros, at_s, blocks)
+                before = stage
+                stage = after
+                phase = after_phase
+            self.release(barriers + num_stages + before)
             acc = total
         else:
             cute.arch.mbarrier_wait(barriers + stage, phase)
@@ -177,10 +230,12 @@ class WgmmaMainloop:
             else:
                 if const_expr(ks == 0):
                     self.weights.load(words, m, at_w, block, lane, 0)
-            if const_expr(ks == 0 and not self.narrow and self.facts.has_group_scales):
+            if const_expr(ks == 0 and not self.narrow and self.facts.has_group_scales and not self.folded):
                 self.fetch_group(scales, biases, m, at_s + block * 32 + (lane // 4) * 4, consts)
             if const_expr(self.narrow):
                 regs = self.weights.fragment(words, m, ks)
+            elif const_expr(self.folded):
+                regs = [self.weights.codes(words, m, ks, r, consts) for r in range(4)]
             else:
                 regs = self.weights.decode(words, m, ks, scales, biases, consts)
             fragments[(0, 0, 0), m, ks] = regs[0]
@@ -217,6 +272,49 @@ class WgmmaMainloop:
             biases[0, m] = bias[0]
             biases[1, m] = bias[1]
 
+    def fold_channel(self, feature_tile, index, slot_at, units, blocks):
+        """What a code stands above its weight, 128 + zero point, of rows g and g + 8 of each unit; None where zero
+        points change with the group.
+        """
+        group, warp, lane = blocks
+        out = []
+        for m in range(self.m_units):
+            if self.has_group_zeros:
+                out.append(None)
+            elif self.facts.has_zero_points:
+                block = feature_tile * (self.tile_m // 16) + (m * self.groups + group) * 4 + warp
+                block = cutlass.min(block, units * 4 - 1)
+                strip = ptx.ldg64(slot_at + 16) + Int64(index) * units * STRIP_BYTES
+                pair = ptx.ldg32(strip + block * 32 + (lane // 4) * 4)
+                out.append((ptx.bf16_low_to_f32(pair) + 128.0, ptx.bf16_high_to_f32(pair) + 128.0))
+            else:
+                above = Float32(128.0 + 2.0 ** (self.facts.weight_bits - 1))
+                out.append((above, above))
+        return out
+
+    @cute.jit
+    def fold(self, total, sums, token_sums, zeros, at_s, blocks):
+        """total += scale * (sums - (128 + zero point) * token_sums), in float32."""
+        group, warp, lane = blocks
+        for m in cutlass.range_constexpr(self.m_units):
+            block = (m * self.groups + group) * 4 + warp
+            at = at_s + block * 32 + (lane // 4) * 4
+            above = zeros[m]
+            scales = None
+            if const_expr(self.facts.has_group_scales):
+                pair = ptx.lds32(at)
+                scales = (ptx.bf16_low_to_f32(pair), ptx.bf16_high_to_f32(pair))
+            if const_expr(self.has_group_zeros):
+                pair = ptx.lds32(at + self.tile_m * 2)
+                above = (ptx.bf16_low_to_f32(pair) + 128.0, ptx.bf16_high_to_f32(pair) + 128.0)
+            for n in cutlass.range_constexpr(self.tile_n // 8):
+                for half in cutlass.range_constexpr(2):
+                    for i in cutlass.range_constexpr(2):
+                        value = sums[((i, half, n), m, 0)] - above[half] * token_sums[((i, half, n), 0, 0)]
+                        if const_expr(scales is not None):
+                            value = value * scales[half]
+                        total[((i, half, n), m, 0)] = total[((i, half, n), m, 0)] + value
+
     def row_scales(self, at_s, blocks):
         """Float32 scales of rows g and g + 8 of each unit in this group."""
         group, warp, lane = blocks
@@ -245,5 +343,5 @@ class WgmmaMainloop:
             return cute.make_rmem_tensor((self.weights.words, self.m_units), Int32), None, None, None
         words = cute.make_rmem_tensor((self.weights.words, self.m_units), Int32)
         scales = cute.make_rmem_tensor((2, self.m_units), Int32)
-        biases = cute.make_rmem_tensor((2, self.m_units), self.weights.bias_type)
+        biases = cute.make_rmem_tensor((2, self.m_units), Int32)
         return words, scales, biases, self.weights.constants()
