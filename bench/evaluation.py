@@ -66,16 +66,22 @@ class Evaluator:
 
         SpecError: `assignment` has a linear that the model has not.
         """
+        return self.measure_all([assignment], quantizer)[0]
+
+    def measure_all(self, assignments: Sequence[Assignment], quantizer: Quantizer) -> list[Evaluation]:
+        """Several at once: each linear is quantised once in each scheme that some of them want."""
         measured = measure_allocations(
-            self.model, self.held_out, self.calibration, [assignment], quantizer, batch_size=self.batch_size
+            self.model, self.held_out, self.calibration, assignments, quantizer, batch_size=self.batch_size
         )
-        (found,) = measured.allocations
-        return Evaluation(
-            perplexity=found.perplexity,
-            mean_kl=found.kl,
-            avg_weight_bits=average_bits(self.model.shape, self.linears, assignment),
-            num_tokens=self.held_out.numel(),
-        )
+        return [
+            Evaluation(
+                perplexity=found.perplexity,
+                mean_kl=found.kl,
+                avg_weight_bits=average_bits(self.model.shape, self.linears, assignment),
+                num_tokens=self.held_out.numel(),
+            )
+            for assignment, found in zip(assignments, measured.allocations, strict=True)
+        ]
 
 
 def average_bits(shape: MoeShape, linears: Sequence[LinearId], assignment: Assignment) -> float:

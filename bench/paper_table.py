@@ -1,8 +1,8 @@
 """The table of the paper on one model: `python -m bench.paper_table --model DIR --out FILE.json`.
 
 bf16, rounding to nearest, GPTQ and rotated variants, uniform and mixed (the latter from a sensitivity of
-`python -m allocator.calibrate`). FILE.json holds every finished row, so that a rerun measures only what is missing;
-FILE.csv and FILE.md beside it show the same.
+`python -m allocator.calibrate`). Rows of one rounding are measured together. FILE.json holds every finished row, so
+that a rerun measures only what is missing; FILE.csv and FILE.md beside it show the same.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import csv
 import io
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from allocator import Sensitivity
-from allocator.calibration.quantizer import Method
 from bench.evaluate import add_model_options, open_evaluator, write_text
-from bench.evaluation import Evaluator
+from bench.evaluation import Evaluation, Evaluator
+from bench.machine import cpu_name, gpu_name
 from bench.paper_variants import VARIANTS, Mixed, Uniform, Variant, assignment_of
 from profiles.errors import DataError, UserError
 
 KIND = "bitile paper table"
-COLUMNS = ("name", "setting", "schemes", "quantizer", "avg_weight_bits", "perplexity", "mean_kl", "seconds")
+COLUMNS = ("name", "setting", "schemes", "quantizer", "avg_weight_bits", "perplexity", "mean_kl")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,9 +59,9 @@ class Table:
             raise DataError(f"{path}: a table of {'; '.join(differ)}; choose another --out")
         return cls(path=path, measured_on=measured_on, rows={row["name"]: row for row in content["rows"]})
 
-    def add(self, row: dict[str, Any]) -> None:
-        """A row more, on disk when this returns."""
-        self.rows[row["name"]] = row
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """More rows, on disk when this returns."""
+        self.rows |= {row["name"]: row for row in rows}
         content = {"kind": KIND, "measured_on": self.measured_on, "rows": self._ordered()}
         write_text(self.path, json.dumps(content, indent=1) + "\n")
 
@@ -87,8 +87,11 @@ class Table:
             "",
             f"`{command}`",
             "",
-            f"Held out: {on['data']}. Calibration: {on['calibration']}. {on['dtype']} on {on['device']}; KL from that"
-            " model's own logits, nats a token. Less KL: than the best uniform or blind GPTQ of the same setting.",
+            f"Measured {self._dates()}. Held out: {on['data']}. Calibration: {on['calibration']}. {on['dtype']} on"
+            f" {on['device']}.",
+            "",
+            "Bits are of the MoE linears, scales and zero points counted. KL: from the logits of the model as it is,",
+            "nats a token. Less KL: than the best uniform or blind rounding of the same setting.",
             "",
             "| setting | schemes | rounding | bits a weight | perplexity | KL | less KL |",
             "|---|---|---|---|---|---|---|",
@@ -100,6 +103,10 @@ class Table:
             )
         return "\n".join(lines) + "\n"
 
+    def _dates(self) -> str:
+        days = sorted({row["measured"] for row in self.rows.values()})
+        return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "never"
+
     def _removed(self, row: dict[str, Any]) -> str:
         """The share of the divergence that a mixed row has not."""
         if not row["is_mixed"]:
@@ -107,7 +114,7 @@ class Table:
         peers = [
             other["mean_kl"]
             for other in self.rows.values()
-            if other["setting"] == row["setting"] and not other["is_mixed"] and Method.GPTQ.value in other["quantizer"]
+            if other["setting"] == row["setting"] and not other["is_mixed"]
         ]
         return f"{1 - row['mean_kl'] / min(peers):.0%}" if peers and min(peers) > 0 else ""
 
@@ -120,27 +127,28 @@ def measure_table(
     variants: Sequence[Variant],
     console: Console,
 ) -> None:
-    """Measures the variants that the table lacks, row by row."""
-    for number, variant in enumerate(variants, start=1):
-        if variant.name in table.rows:
+    """Measures the variants that the table lacks, one rounding after the other."""
+    for quantizer in dict.fromkeys(variant.quantizer for variant in variants):
+        missing = [v for v in variants if v.quantizer == quantizer and v.name not in table.rows]
+        if not missing:
             continue
-        start = time.monotonic()
-        assignment = assignment_of(variant.rule, evaluator.linears, evaluator.model.shape, sensitivity)
-        found = evaluator.measure(assignment, variant.quantizer)
-        table.add(
-            {
-                "name": variant.name,
-                "setting": variant.setting,
-                "schemes": variant.rule.name,
-                "quantizer": variant.quantizer.name if assignment else "",
-                "is_mixed": isinstance(variant.rule, Mixed),
-                **asdict(found),
-                "seconds": round(time.monotonic() - start, 2),
-            }
-        )
-        console.print(
-            f"{number}/{len(variants)} {variant.name}: perplexity {found.perplexity:.4f}, KL {found.mean_kl:.5f}"
-        )
+        assignments = [assignment_of(v.rule, evaluator.linears, evaluator.model.shape, sensitivity) for v in missing]
+        found = evaluator.measure_all(assignments, quantizer)
+        table.add([_row(variant, one) for variant, one in zip(missing, found, strict=True)])
+        for variant, one in zip(missing, found, strict=True):
+            console.print(f"{variant.name}: perplexity {one.perplexity:.4f}, KL {one.mean_kl:.5f}")
+
+
+def _row(variant: Variant, found: Evaluation) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "setting": variant.setting,
+        "schemes": variant.rule.name,
+        "quantizer": "" if variant.rule == Uniform(scheme=None) else variant.quantizer.name,
+        "is_mixed": isinstance(variant.rule, Mixed),
+        **asdict(found),
+        "measured": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "model": model.shape.name,
             "data": held_out.source,
             "calibration": calibration.source,
-            "device": model.device.type,
+            "device": cpu_name() if model.device.type == "cpu" else gpu_name(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "sensitivity": None if sensitivity is None else sensitivity.provenance,
         }

@@ -202,26 +202,31 @@ def test_names_of_the_rows_are_unique():
     assert len(set(names)) == len(names)
 
 
-def test_the_table_goes_on_row_by_row(evaluator: Evaluator, folder: Path, tmp_path: Path, monkeypatch, capsys):
+def test_the_table_goes_on_rounding_by_rounding(
+    evaluator: Evaluator, folder: Path, tmp_path: Path, monkeypatch, capsys
+):
     out, sensitivity = tmp_path / "table.json", tmp_path / "sensitivity.parquet"
     made_up_sensitivity(evaluator).write(sensitivity)
     arguments = options(folder, "--settings", "W2.25", "--sensitivity", str(sensitivity), "--out", str(out))
-    measure, calls = Evaluator.measure, []
+    measure, calls = Evaluator.measure_all, []
 
-    def killed_at_the_third(self, *what):
-        calls.append(what)
+    def killed_at_the_third(self, assignments, quantizer):
+        calls.append(quantizer.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(self, *what)
+        return measure(self, assignments, quantizer)
 
-    monkeypatch.setattr(Evaluator, "measure", killed_at_the_third)
+    monkeypatch.setattr(Evaluator, "measure_all", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         paper_table.main(arguments)
-    assert len(json.loads(out.read_text())["rows"]) == 2
+    assert [row["quantizer"] for row in json.loads(out.read_text())["rows"]] == ["", "rtn", "rtn+clip"]
     assert paper_table.main(arguments) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["name"] for row in rows] == [v.name for v in VARIANTS if v.setting in ("bf16", "W2.25")]
-    assert len(calls) == 3 + len(rows) - 2
+    assert calls == ["rtn", "rtn+clip", "gptq", "gptq", "gptq+clip"]
+    alone = evaluator.measure(everything(evaluator, W2), GPTQ_CLIP)
+    found = next(row for row in rows if row["name"] == "W2.25, w2a16_g128_asym, gptq+clip")
+    assert found["mean_kl"] == pytest.approx(alone.mean_kl, rel=1e-2)  # beside a mixed one, or by itself
     markdown = out.with_suffix(".md").read_text()
     assert markdown in capsys.readouterr().out
     assert markdown.count("\n| ") == 1 + len(rows)
