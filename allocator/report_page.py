@@ -8,7 +8,7 @@ from html import escape
 
 from allocator.report_data import ReportData
 from allocator.report_text import headline, tiles
-from allocator.verify import Verification
+from allocator.verify import Finalist, Verification
 
 _STYLE = """
 :root { --ink: #22303c; --soft: #5d6b78; --line: #dfe4e8; --accent: #0b6e8a; --back: #f6f7f8; }
@@ -166,8 +166,10 @@ def _verified(found: Verification) -> str:
     )
     text = (
         f"Measured on {found.data} with {found.quantizer}; the model's own perplexity is {found.exact_perplexity:.4f}."
-        f" Best first.{rank}"
+        f" Best first.{rank} {found.latency_note[:1].upper()}{found.latency_note[1:]}."
     )
+    names = list(dict.fromkeys(name for one in found.finalists for name in one.latency_us))
+    is_measured = any(one.measured_us for one in found.finalists)
     rows = [
         (
             one.name,
@@ -175,10 +177,25 @@ def _verified(found: Verification) -> str:
             "-" if one.predicted_loss is None else f"{one.predicted_loss:.4g}",
             f"{one.mean_kl:.5f}",
             f"{one.perplexity:.4f}",
+            *(cell for name in names for cell in _latencies(one, name, is_measured)),
         )
         for one in found.finalists
     ]
-    return _section("Predicted and measured", text, _table(("", "bits", "predicted", "KL, nats", "perplexity"), rows))
+    of_scenario = ("{}, us predicted", "{}, us measured", "off by") if is_measured else ("{}, us predicted",)
+    head = ("", "bits", "predicted", "KL, nats", "perplexity", *(h.format(n) for n in names for h in of_scenario))
+    return _section("Predicted and measured", text, _table(head, rows))
+
+
+def _latencies(one: Finalist, scenario: str, is_measured: bool) -> tuple[str, ...]:
+    """Cells of one scenario: launches predicted, measured, and the prediction's error."""
+    predicted = one.launch_us.get(scenario, one.latency_us.get(scenario))
+    first = "-" if predicted is None else f"{predicted:,.1f}"
+    if not is_measured:
+        return (first,)
+    measured = one.measured_us.get(scenario)
+    if measured is None or predicted is None:
+        return first, "-" if measured is None else f"{measured:,.1f}", "-"
+    return first, f"{measured:,.1f}", f"{predicted / measured - 1:+.1%}"
 
 
 def _provenance(data: ReportData) -> str:

@@ -15,24 +15,29 @@ from allocator.calibrate import DEFAULT_SCHEMES
 from allocator.extras import require_models
 from allocator.scenarios import parse_loads
 from allocator.trace import check_batch_size
+from allocator.tuning_plan import STUDY_TRIALS, Plan, Tuned
+from allocator.verify import Finalist
 from profiles import gpus, schemes
 from profiles.errors import DataError, SpecError, UserError
 
 if TYPE_CHECKING:
-    from allocator.tuning import Plan, Tuned
+    from kernel_gen.sweeping.measuring import Bench
 
 INTERRUPTED = 130
+_LATENCIES = "predicted of launches / measured"
 CALIBRATION_FILE, HELD_OUT_FILE = "calibration.txt", "held_out.txt"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> int:
     """The command line. Returns 0, 2 on a user's mistake (its sentence on stderr), 130 when interrupted; the same
     command goes on then.
+
+    `bench`: measure launches there, whatever GPUs this machine has (tests have one without a GPU).
     """
     arguments = _parser().parse_args(argv)
     try:
         require_models("allocator.tune")
-        tuned = _run(arguments)
+        tuned = _run(arguments, bench)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,20 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> Tuned:
+def _run(arguments: argparse.Namespace, bench: Bench | None) -> Tuned:
     from allocator.tuning import Tuning
 
     def say(line: str) -> None:
         if not arguments.quiet:
             print(f"tune: {line}", file=sys.stderr, flush=True)
 
-    return Tuning(plan_of(arguments), say).run()
+    return Tuning(plan_of(arguments), say, bench).run()
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """The plan of a command's options. SpecError, DataError: an option that cannot be."""
-    from allocator.tuning import Plan
-
     model: Path = arguments.model
     if not model.is_dir():
         raise SpecError(f"--model {model}: no such folder; it takes a Hugging Face checkpoint folder")
@@ -76,7 +79,10 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         schemes=tuple(schemes.parse(name) for name in dict.fromkeys(arguments.schemes.split(","))),
         out=arguments.out or Path(f"tune-{model.resolve().name}-{arguments.gpu}"),
         profile=arguments.profile,
+        latencies=arguments.latencies,
         granularity=Granularity(arguments.granularity),
+        study_trials=arguments.study_trials,
+        loss_weight=arguments.loss_weight,
         num_sequences=arguments.num_sequences,
         length=arguments.sequence_length,
         batch_size=arguments.batch_size,
@@ -85,8 +91,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         rotate=arguments.rotate,
         device=arguments.device,
     )
-    if plan.profile is not None and not plan.profile.is_file():
-        raise DataError(f"--profile {plan.profile}: no such file")
+    for option, file in (("--profile", plan.profile), ("--latencies", plan.latencies)):
+        if file is not None and not file.is_file():
+            raise DataError(f"{option} {file}: no such file")
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -134,16 +141,23 @@ def report(tuned: Tuned) -> str:
         f"{allocation.model} on {allocation.gpu}: {tuned.chosen}, {allocation.avg_weight_bits:.3f} bits a weight",
         f"measured on {verification.data}; the model's own perplexity is {verification.exact_perplexity:.4f}",
         "",
-        f"{'':34}{'bits':>7}{'predicted':>12}{'KL':>10}{'perplexity':>12}  latency ({tuned.cost_source}), us",
+        f"{'':34}{'bits':>7}{'predicted':>12}{'KL':>10}{'perplexity':>12}  us, {_LATENCIES}",
     ]
     for one in verification.finalists:
         predicted = "" if one.predicted_loss is None else f"{one.predicted_loss:.5g}"
-        latency = ", ".join(f"{name} {us:.1f}" for name, us in one.latency_us.items())
         measured = f"{one.mean_kl:10.5f}{one.perplexity:12.4f}"
+        latency = ", ".join(f"{name} {_latency(one, name)}" for name in one.latency_us)
         lines.append(f"{one.name:34}{one.avg_weight_bits:7.3f}{predicted:>12}{measured}  {latency}")
     stages = ", ".join(f"{name} {state}" for name, state in tuned.stages.items())
     lines += ["", *(f"note: {note}" for note in tuned.notes), f"stages: {stages}"]
     return "\n".join([*lines, f"wrote {tuned.files['allocation']} and {tuned.files['report']}"])
+
+
+def _latency(one: Finalist, scenario: str) -> str:
+    """Predicted, and measured where it was."""
+    predicted = one.launch_us.get(scenario, one.latency_us[scenario])
+    measured = one.measured_us.get(scenario)
+    return f"{predicted:.1f}" if measured is None else f"{predicted:.1f} / {measured:.1f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-latency", action="append", default=[], metavar="LOAD=US", help="may be repeated")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="measured launches of this model on this GPU")
+    parser.add_argument(
+        "--latencies", type=Path, metavar="FILE", help="of these finalists, by allocator.latency where the GPU is"
+    )
     parser.add_argument("--data", type=Path, metavar="FILE", help=f"to calibrate on (default: DIR/{CALIBRATION_FILE})")
     parser.add_argument("--held-out", type=Path, metavar="FILE", help=f"to measure on (default: DIR/{HELD_OUT_FILE})")
     parser.add_argument("--schemes", default=DEFAULT_SCHEMES, metavar="A,B", help="(default: %(default)s)")
@@ -167,6 +184,20 @@ def _parser() -> argparse.ArgumentParser:
         choices=[granularity.value for granularity in Granularity],
         default=Granularity.LINEAR.value,
         help="what gets one scheme (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--study-trials",
+        type=int,
+        default=STUDY_TRIALS,
+        metavar="N",
+        help="of the study of kernels and bits together; 0: none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loss-weight",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="rank finalists by KL^R * latency^(1-R) (default: 1, by KL alone)",
     )
     parser.add_argument("--sequence-length", type=int, default=2048, metavar="TOKENS", help="(default: %(default)s)")
     parser.add_argument("--num-sequences", type=int, default=128, metavar="N", help="(default: %(default)s)")

@@ -1,31 +1,27 @@
-"""The stages of `python -m allocator.tune`: trace, calibrate, cost table, allocate, verify, report. Each is cached."""
+"""The stages of `allocator.tune`, each cached: trace, calibrate, cost, allocate, study, verify, latency, report."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.allocate import Options, allocate
-from allocator.allocation import Allocation, Granularity
-from allocator.arrays import InfeasibleError
-from allocator.budget import Budget
+from allocator.allocate import Options
+from allocator.allocation import Allocation
 from allocator.calibrate import DEFAULT_MEASURE
 from allocator.report import write_report
 from allocator.report_data import collect
-from allocator.report_text import best_uniform
 from allocator.scenarios import predicted_table, profiled_table, typical_load
 from allocator.sensitivity import Sensitivity
 from allocator.stages import Stages, checkpoint_digest, file_digest
+from allocator.tuning_finalists import Finalists
+from allocator.tuning_plan import Plan, Tuned
 from allocator.verify import Verification, verify
 from costmodel.table import CostTable
-from profiles.atomic import replacing
-from profiles.gpus import GpuSpec
+from kernel_gen.sweeping.measuring import Bench
 from profiles.loads import TokenLoad, read_trace, write_trace
 from profiles.models import MoeShape, model_from_config
-from profiles.schemes import QuantScheme
 from profiles.store import ProfileStore
 
 if TYPE_CHECKING:
@@ -33,73 +29,24 @@ if TYPE_CHECKING:
     from allocator.calibration.model import StreamedModel
     from allocator.calibration.quantizer import Quantizer
 
-MIXED = "mixed"
-COARSER = {"one scheme an expert": Granularity.EXPERT, "one scheme a layer": Granularity.LAYER}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a tuning run is asked for.
-
-    Attributes:
-        model: a checkpoint folder.
-        data, held_out: texts or ids to calibrate and to measure on.
-        gpu: whose latencies count.
-        budget: the limits.
-        loads: tokens of a batch by name.
-        schemes: what is calibrated and may be chosen.
-        out: the folder of all results.
-        profile: measured launches; None: latencies are predicted.
-        granularity: what gets one scheme.
-        num_sequences, length, batch_size, seed, max_rows, rotate, device: of calibration and verification.
-    """
-
-    model: Path
-    data: Path
-    held_out: Path
-    gpu: GpuSpec
-    budget: Budget
-    loads: Mapping[str, int]
-    schemes: tuple[QuantScheme, ...]
-    out: Path
-    profile: Path | None = None
-    granularity: Granularity = Granularity.LINEAR
-    num_sequences: int = 128
-    length: int = 2048
-    batch_size: int = 1
-    seed: int = 0
-    max_rows: int = 2048
-    rotate: bool = False
-    device: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuned:
-    """What came out. chosen: the finalist of least measured divergence; stages: which were made or found, in order."""
-
-    allocation: Allocation
-    chosen: str
-    verification: Verification
-    cost_source: str
-    notes: tuple[str, ...]
-    stages: Mapping[str, str]
-    files: Mapping[str, Path] = field(default_factory=dict)
-
 
 class Tuning:
-    """One run. Files in `plan.out`: trace.json, losses.parquet, cost.parquet, finalists.json, verification.json,
-    allocation.json, report.html.
+    """One run. Files in `plan.out`: trace.json, losses.parquet, cost.parquet, finalists.json, study.json (its trials
+    are in study.db), divergence.json, latencies.json, verification.json, allocation.json, report.html.
+
+    `bench`: measure launches there, whatever GPUs this machine has.
     """
 
-    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
-        self.plan, self.say = plan, say
+    def __init__(self, plan: Plan, say: Callable[[str], None], bench: Bench | None = None) -> None:
+        self.plan, self.say, self.bench = plan, say, bench
         self.stages = Stages(folder=plan.out, say=say)
         self.shape: MoeShape = model_from_config(plan.model)
         self.files = {
             name: plan.out / f"{name}.{kind}"
             for name, kind in (
                 ("trace", "json"), ("losses", "parquet"), ("cost", "parquet"), ("finalists", "json"),
-                ("verification", "json"), ("allocation", "json"), ("report", "html"),
+                ("study", "json"), ("divergence", "json"), ("latencies", "json"), ("verification", "json"),
+                ("allocation", "json"), ("report", "html"),
             )
         }  # fmt: skip
         self._checkpoint = checkpoint_digest(plan.model)
@@ -109,10 +56,14 @@ class Tuning:
         """Every stage that is not done yet. UserErrors of each stage pass through."""
         self.trace()
         self.calibrate()
-        notes = self.price()
-        self.solve()
+        notes = [*self.price()]
+        self.finalists.solve()
+        remark = self.finalists.study()
+        if remark is not None:
+            notes.append(remark)
         self.verify()
-        chosen = self.choose()
+        chosen, remark = self.choose()
+        notes.append(remark)
         cost = CostTable.read(self.files["cost"])
         sources = sorted(set(cost.frame()["source"].astype(str)))
         return Tuned(
@@ -120,7 +71,7 @@ class Tuning:
             chosen=chosen,
             verification=Verification.read(self.files["verification"]),
             cost_source=" and ".join(sources),
-            notes=notes,
+            notes=tuple(notes),
             stages=self.stages.done,
             files=self.files,
         )
@@ -237,49 +188,16 @@ class Tuning:
         self.stages.ensure("cost", make, settings=settings, writes=[file])
         return notes
 
-    def solve(self) -> None:
-        """The finalists: the mixed allocation, coarser ones, and the best uniform scheme within the budget."""
-        file = self.files["finalists"]
-
-        def make() -> None:
-            sensitivity, cost = Sensitivity.read(self.files["losses"]), CostTable.read(self.files["cost"])
-
-            def solved(options: Options) -> Allocation:
-                return allocate(sensitivity, cost, self.plan.budget, shape=self.shape, options=options)
-
-            found = {MIXED: solved(Options(granularity=self.plan.granularity))}
-            for name, granularity in COARSER.items():
-                try:
-                    found[name] = solved(Options(granularity=granularity))
-                except InfeasibleError as error:
-                    self.say(f"{name}: {error}")
-            uniform = best_uniform(found[MIXED])
-            if uniform is not None:
-                options = Options(granularity=Granularity.LAYER, schemes=(uniform.scheme,))
-                found[f"uniform {uniform.scheme.name}"] = solved(options)
-            content = {name: allocation.to_json() for name, allocation in found.items()}
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-        budget = self.plan.budget
-        settings = {
-            "bits": budget.avg_weight_bits,
-            "bytes": budget.weight_bytes,
-            "latency": dict(budget.max_latency_us),
-            "per_layer": budget.per_layer,
-            "granularity": self.plan.granularity.value,
-        }
-        reads = [self.files["losses"], self.files["cost"]]
-        self.stages.ensure("allocate", make, reads=reads, settings=settings, writes=[file])
-
-    def finalists(self) -> dict[str, Allocation]:
-        """By name."""
-        content = json.loads(self.files["finalists"].read_text(encoding="utf-8"))
-        return {name: Allocation.from_json(one, where=name) for name, one in content.items()}
+    @cached_property
+    def finalists(self) -> Finalists:
+        """What is verified; the trace is there by then."""
+        trace = read_trace(self.files["trace"])
+        return Finalists(self.plan, self.shape, self.stages, self.files, self.typical_loads(), trace)
 
     def verify(self) -> None:
-        """Every finalist measured on held-out tokens."""
-        file, plan = self.files["verification"], self.plan
+        """Every finalist's divergence measured on held-out tokens."""
+        file, plan = self.files["divergence"], self.plan
+        finalists = self.finalists.all()
 
         def make() -> None:
             held_out, calibration = self._sequences(plan.held_out), self._sequences(plan.data)
@@ -287,35 +205,54 @@ class Tuning:
                 self.model,
                 held_out,
                 calibration,
-                self.finalists(),
+                finalists,
                 self.quantizer,
                 batch_size=plan.batch_size,
                 progress=self.say,
             ).write(file)
 
-        settings = self._settings() | {"quantizer": self.quantizer.name}
-        reads = [plan.data, plan.held_out, self.files["finalists"]]
-        self.stages.ensure("verify", make, reads=reads, settings=settings, writes=[file])
+        settings = self._settings() | {
+            "quantizer": self.quantizer.name,
+            "finalists": {name: allocation.to_json() for name, allocation in finalists.items()},
+        }
+        self.stages.ensure("verify", make, reads=[plan.data, plan.held_out], settings=settings, writes=[file])
 
-    def choose(self) -> str:
-        """The finalist of least measured divergence becomes the allocation, and has its report."""
-        verification = Verification.read(self.files["verification"])
-        chosen = verification.finalists[0].name
+    def choose(self) -> tuple[str, str]:
+        """The finalists ranked by what was measured; the first becomes the allocation, and has its report. Gives its
+        name, and where latencies are from.
+        """
+        plan, allocations = self.plan, self.finalists.all()
+        latencies, note = self.finalists.latencies(self.bench)
 
         def make() -> None:
-            allocation = self.finalists()[chosen]
+            prices = {
+                name: self.finalists.evaluator.best_launches_us(one.assignment) for name, one in allocations.items()
+            }
+            verification = (
+                Verification.read(self.files["divergence"])
+                .with_latencies(allocations, {n: us for n, us in prices.items() if us}, latencies, note)
+                .ranked(plan.budget.max_latency_us, plan.loss_weight)
+            )
+            verification.write(self.files["verification"])
+            allocation = allocations[verification.finalists[0].name]
             allocation.write(self.files["allocation"])
             data = collect(
                 allocation,
                 self.shape,
                 sensitivity=Sensitivity.read(self.files["losses"]),
                 cost_table=CostTable.read(self.files["cost"]),
-                options=Options(granularity=self.plan.granularity),
+                options=Options(granularity=plan.granularity),
                 verification=verification,
             )
             write_report(data, self.shape, self.files["report"])
 
-        reads = [self.files[name] for name in ("losses", "cost", "finalists", "verification")]
-        writes = [self.files["allocation"], self.files["report"]]
-        self.stages.ensure("report", make, reads=reads, settings={"chosen": chosen}, writes=writes)
-        return chosen
+        reads = [self.files[name] for name in ("losses", "cost", "divergence")]
+        settings = {
+            "limits": dict(plan.budget.max_latency_us),
+            "loss_weight": plan.loss_weight,
+            "latencies": None if latencies is None else latencies.to_json(),
+            "note": note,
+        }
+        writes = [self.files[name] for name in ("verification", "allocation", "report")]
+        self.stages.ensure("report", make, reads=reads, settings=settings, writes=writes)
+        return Verification.read(self.files["verification"]).finalists[0].name, note

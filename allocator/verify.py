@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from scipy.stats import spearmanr
 
 from allocator.allocation import Allocation
+from allocator.latencies import Latencies
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from allocator.calibration.quantizer import Quantizer
 
 KIND = "bitile verification"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,9 @@ class Finalist:
         predicted_loss: the sum of its losses; None of one that no sensitivity prices.
         mean_kl: measured, KL(model || quantised) per token in nats.
         perplexity: measured, per token.
-        latency_us: predicted by scenario.
+        latency_us: by scenario, as the allocation has it.
+        launch_us: by scenario, predicted for its mixed launches; empty where nothing was.
+        measured_us: by scenario, its launches on a GPU; empty where they did not run.
     """
 
     name: str
@@ -43,17 +47,20 @@ class Finalist:
     mean_kl: float
     perplexity: float
     latency_us: Mapping[str, float]
+    launch_us: Mapping[str, float] = field(default_factory=dict)
+    measured_us: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """Finalists, least measured KL first.
+    """Finalists, best first: by measured KL, or as `ranked` says.
 
     Attributes:
         finalists: measured allocations.
         exact_perplexity: the model's own.
         rank_correlation: Spearman's of predicted loss and measured KL; None of fewer than three.
         data, quantizer: what it was measured on and with.
+        latency_note: where measured latencies are from, or why there are none.
     """
 
     finalists: tuple[Finalist, ...]
@@ -61,6 +68,58 @@ class Verification:
     rank_correlation: float | None
     data: str
     quantizer: str
+    latency_note: str = "no latencies were measured"
+
+    def ranked(self, limits_us: Mapping[str, float], loss_weight: float = 1.0) -> Verification:
+        """Those that hold the latency limits first; among each, least KL^r * T^(1-r) with r = loss_weight. T is the
+        mean over scenarios of latency over the fastest finalist's.
+
+        Measured latencies count where every finalist has them, else predicted ones of launches, else the allocations'
+        own. SpecError: a loss weight that is not from 0 to 1.
+        """
+        if not 0 <= loss_weight <= 1:
+            raise SpecError(f"the loss weight must be from 0 to 1, not {loss_weight}")
+        latencies = self.latencies
+        fastest = {name: min(us[name] for us in latencies) for name in set.intersection(*(set(us) for us in latencies))}
+
+        def key(index: int) -> tuple[bool, float]:
+            us = latencies[index]
+            breaks = any(us.get(name, np.inf) > limit for name, limit in limits_us.items())
+            relative = float(np.mean([us[name] / least for name, least in fastest.items()])) if fastest else 1.0
+            return breaks, self.finalists[index].mean_kl ** loss_weight * relative ** (1 - loss_weight)
+
+        order = sorted(range(len(self.finalists)), key=key)
+        return replace(self, finalists=tuple(self.finalists[index] for index in order))
+
+    @property
+    def latencies(self) -> list[Mapping[str, float]]:
+        """What finalists are compared by, of one kind for all: measured, predicted of launches, or their own."""
+        for kind in ("measured_us", "launch_us"):
+            found = [getattr(one, kind) for one in self.finalists]
+            if all(found):
+                return found
+        return [one.latency_us for one in self.finalists]
+
+    def with_latencies(
+        self,
+        allocations: Mapping[str, Allocation],
+        launch_us: Mapping[str, Mapping[str, float]],
+        measured: Latencies | None,
+        note: str,
+    ) -> Verification:
+        """The same finalists with what their launches are predicted to take, and took."""
+        return replace(
+            self,
+            finalists=tuple(
+                replace(
+                    one,
+                    launch_us=dict(launch_us.get(one.name, {})),
+                    measured_us={} if measured is None else dict(measured.of(allocations[one.name]) or {}),
+                )
+                for one in self.finalists
+            ),
+            latency_note=note,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""

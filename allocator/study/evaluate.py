@@ -20,6 +20,8 @@ from allocator.study.menu import Choice, Menu
 from allocator.study.pricing import MixedLaunch, Pricer
 from allocator.study.problem import LaunchKind, Problem
 from profiles.kernels import KernelConfig
+from profiles.models import LinearId
+from profiles.schemes import QuantScheme
 
 ERROR_WEIGHTS = ("down", "activations", "late_layers")
 """What an error weight may act on: down projections, schemes that quantise activations, the later half of layers."""
@@ -54,6 +56,12 @@ class Evaluator:
     def __init__(self, problem: Problem, pricer: Pricer, menu: Menu) -> None:
         self.problem, self.pricer, self.menu = problem, pricer, menu
         self._late = _late_layers(problem)
+
+    @classmethod
+    def of(cls, problem: Problem) -> Evaluator:
+        """Of one problem's choices. DataError: a launch that nothing can run."""
+        pricer = Pricer(problem.evidence, problem.kinds)
+        return cls(problem, pricer, Menu(problem, pricer))
 
     @cached_property
     def fastest_uniform_us(self) -> dict[str, float]:
@@ -157,6 +165,25 @@ class Evaluator:
             for rows in kind.rows
         ]
         return float(self.pricer.launches_us(launches).sum())
+
+    def best_launches_us(self, assignment: Mapping[LinearId, QuantScheme]) -> dict[str, float] | None:
+        """By scenario, all launches of all layers, each with the fastest of the ranked configurations that hold its
+        schemes; None where no kernel holds a launch's schemes together.
+        """
+        total = dict.fromkeys(self.problem.scenarios, 0.0)
+        for kind in self.problem.kinds:
+            for rows in kind.rows:
+                schemes = tuple(assignment[self.problem.ids[row]] for row in rows)
+                held = tuple(sorted(set(schemes), key=lambda scheme: scheme.name))
+                if not self.menu.legal_configs(kind, held):
+                    return None
+                for scenario in self.problem.scenarios:
+                    launches = [
+                        MixedLaunch(kind=kind, scenario=scenario, config=config, compiled=held, schemes=schemes)
+                        for config in self.menu.ranked_configs(kind, scenario, held)
+                    ]
+                    total[scenario] += float(self.pricer.launches_us(launches).min())
+        return total
 
     def additive_us(self, choice: Choice) -> tuple[Floats, Ints]:
         """Each block's share of latency float64 [blocks, slots, scenarios], and the scheme of each column

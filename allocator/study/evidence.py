@@ -75,20 +75,24 @@ class Evidence:
         )
 
     @classmethod
-    def from_cost_table(cls, table: CostTable, model: str, num_experts: int) -> Evidence:
-        """The best launch of each scheme. A cost table keeps no skew: its loads are taken as even.
+    def from_cost_table(
+        cls, table: CostTable, model: str, num_experts: int, loads: Mapping[str, TokenLoad] | None = None
+    ) -> Evidence:
+        """The best launch of each scheme. A cost table keeps no skew: without `loads`, they are taken as even.
 
-        DataError: no rows of the model.
+        DataError: no rows of the model, or of a scenario without a load.
         """
         frame = table.frame()
         rows = frame[frame["model"] == model]
         if rows.empty:
             have = ", ".join(sorted(set(frame["model"].astype(str))))
             raise DataError(f"the cost table has no rows of {model}; it has {have}")
-        tokens = rows.groupby("scenario")["tokens_per_expert"].first()
+        tokens = rows[~rows["linear"].str.startswith("shared_")].groupby("scenario")["tokens_per_expert"].first()
+        if loads is not None and (unknown := sorted(set(rows["scenario"]) ^ set(loads))):
+            raise DataError(f"the cost table and the loads differ in {', '.join(unknown)}")
         return cls(
             gpu=table.gpu,
-            loads={str(name): _even(num_experts, float(mean)) for name, mean in tokens.items()},
+            loads=loads or {str(name): _even(num_experts, float(mean)) for name, mean in tokens.items()},
             latency_us={
                 LaunchKey(linear=linear, scenario=name, scheme=schemes.parse(scheme), config=kernels.parse(config)): us
                 for linear, name, scheme, config, us in _columns(

@@ -31,7 +31,7 @@ class LaunchKind:
         linear: `gate_up`, `down`, `shared_gate_up` or `shared_down`.
         shape: n and k of one expert.
         loads: by scenario, tokens of each expert.
-        rows: int64 [layers, experts], the blocks of each layer's launch.
+        rows: int64 [layers, experts], the blocks of each layer's launch, in the order of the loads' counts.
     """
 
     linear: str
@@ -93,7 +93,7 @@ class Problem:
     def digest(self) -> str:
         """Equal inputs, equal digest: a study is continued with the inputs that it was begun with."""
         text = hashlib.sha256()
-        for array in (self.loss, self.bits, self.sizes):
+        for array in (self.loss, self.bits, self.sizes, *(kind.rows for kind in self.kinds)):
             text.update(np.ascontiguousarray(array).tobytes())
         known = sorted((str(key), us) for key, us in self.evidence.latency_us.items())
         names = [scheme.name for scheme in self.schemes]
@@ -111,11 +111,13 @@ def of(
     *,
     schemes: Sequence[QuantScheme] | None = None,
     corrected_loss: LossOf | None = None,
+    experts: Mapping[int, Sequence[int]] | None = None,
 ) -> Problem:
     """The problem of these inputs.
 
     schemes: those that may be used; None: all that the sensitivity has. corrected_loss: as in Problem; it takes indices
-    of `Sensitivity.arrays()`'s schemes. DataError, SpecError: what was given does not fit together.
+    of `Sensitivity.arrays()`'s schemes. experts: by layer, which expert each of a load's counts is for; None: they are
+    in the experts' own order. DataError, SpecError: what was given does not fit together.
     """
     if budget.per_layer:
         raise SpecError("a study's budget holds on average over all layers; per_layer is for allocate")
@@ -131,7 +133,7 @@ def of(
         if missing:
             raise SpecError(f"the sensitivity has no losses for {', '.join(missing)}")
         loss = np.where(np.array([scheme in schemes for scheme in columns])[None, :], loss, np.inf)
-    kinds = _kinds(ids, shape, evidence.loads)
+    kinds = _kinds(ids, shape, evidence.loads, experts or {})
     bits, sizes = np.empty_like(loss), np.empty(len(ids))
     for kind in kinds:
         bits[kind.rows.ravel()] = [scheme.bits_per_weight(kind.shape.k) for scheme in columns]
@@ -152,7 +154,9 @@ def of(
     )
 
 
-def _kinds(ids: Sequence[LinearId], shape: MoeShape, loads: Mapping[str, TokenLoad]) -> tuple[LaunchKind, ...]:
+def _kinds(
+    ids: Sequence[LinearId], shape: MoeShape, loads: Mapping[str, TokenLoad], order: Mapping[int, Sequence[int]]
+) -> tuple[LaunchKind, ...]:
     """The launches that the blocks make up. DataError: a layer's launch lacks an expert."""
     by_launch: dict[tuple[bool, Linear], dict[int, dict[int, int]]] = {}
     for row, block in enumerate(ids):
@@ -173,7 +177,12 @@ def _kinds(ids: Sequence[LinearId], shape: MoeShape, loads: Mapping[str, TokenLo
                 linear=f"shared_{linear.value}" if is_shared else linear.value,
                 shape=GemmShape(m=1, n=n, k=k),
                 loads={name: _shared(load, shape.top_k) for name, load in loads.items()} if is_shared else loads,
-                rows=np.array([[layers[layer][expert] for expert in experts] for layer in sorted(layers)]),
+                rows=np.array(
+                    [
+                        [layers[layer][expert] for expert in (experts if is_shared else order.get(layer, experts))]
+                        for layer in sorted(layers)
+                    ]
+                ),
             )
         )
     return tuple(sorted(kinds, key=lambda kind: kind.linear))

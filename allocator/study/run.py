@@ -17,7 +17,7 @@ from allocator.arrays import solve_arrays
 from allocator.problem import Ints
 from allocator.study import warm
 from allocator.study.evaluate import Evaluator
-from allocator.study.menu import Choice, Menu
+from allocator.study.menu import Choice
 from allocator.study.objective import (
     WARM_START,
     BoundPruner,
@@ -28,7 +28,6 @@ from allocator.study.objective import (
     run_trial,
     sample,
 )
-from allocator.study.pricing import Pricer
 from allocator.study.problem import Problem
 from allocator.study.sets import SetSolver
 from profiles.errors import SpecError
@@ -58,8 +57,7 @@ class Settings:
 
 def evaluator_of(problem: Problem) -> Evaluator:
     """What solves and prices a problem's choices. DataError: a launch that nothing can run."""
-    pricer = Pricer(problem.evidence, problem.kinds)
-    return Evaluator(problem, pricer, Menu(problem, pricer))
+    return Evaluator.of(problem)
 
 
 def study_name(problem: Problem, goal: Goal) -> str:

@@ -13,12 +13,14 @@ from allocator import Allocation
 from allocator.scenarios import parse_loads, predicted_table, profiled_table, typical_load
 from allocator.stages import Stages
 from allocator.tune import main
+from allocator.verify import Verification
 from profiles import schemes
 from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu
 from profiles.loads import TokenLoad
 from profiles.models import model
 from profiles.records import Status
+from tests.allocator.benches import MadeUpBench
 
 SCHEMES = "w16a16,w8a16_g-1_sym,w4a16_g-1_asym,w2a16_g-1_asym"
 QWEN = model("qwen1.5-moe-a2.7b")
@@ -49,16 +51,19 @@ def call(checkpoint: Path, out: Path, *more: str) -> list[str]:
 def test_end_to_end_then_found(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(call(checkpoint, tmp_path)) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first["stages"] == dict.fromkeys(("trace", "calibrate", "cost", "allocate", "verify", "report"), "made")
+    stages = ("trace", "calibrate", "cost", "allocate", "study", "verify", "report")
+    assert first["stages"] == dict.fromkeys(stages, "made")
     assert first["latency_source"] == "predicted"
     assert "predicted, not measured" in first["notes"][0]
+    assert "latencies of finalists are predicted, not measured: no h200 here" in first["notes"][1]
     allocation = Allocation.read(tmp_path / "allocation.json")
     assert allocation.avg_weight_bits <= 4.6
     assert set(allocation.predicted_latency_us) == {"decode", "prefill"}
     measured = first["verification"]["finalists"]
     assert first["chosen"] == measured[0]["name"]
     assert measured[0]["mean_kl"] == min(one["mean_kl"] for one in measured)
-    assert {"mixed", "one scheme a layer", "uniform w2a16_g-1_asym"} <= {one["name"] for one in measured}
+    assert {"mixed", "one scheme a layer", "uniform w2a16_g-1_asym", "study"} <= {one["name"] for one in measured}
+    assert all(set(one["launch_us"]) == {"decode", "prefill"} and one["measured_us"] == {} for one in measured)
     kl = {one["name"]: one["mean_kl"] for one in measured}
     assert kl["mixed"] < kl["uniform w2a16_g-1_asym"]
     assert "Predicted and measured" in (tmp_path / "report.html").read_text()
@@ -70,12 +75,78 @@ def test_end_to_end_then_found(checkpoint: Path, tmp_path: Path, capsys: pytest.
 
     assert main([*call(checkpoint, tmp_path), "--budget-bits", "8.6"]) == 0  # what it changes is made again, no more
     richer = json.loads(capsys.readouterr().out)
-    assert {name for name, state in richer["stages"].items() if state == "made"} == {"allocate", "verify", "report"}
+    made = {name for name, state in richer["stages"].items() if state == "made"}
+    assert made == {"allocate", "study", "verify", "report"}
     (tmp_path / "cost.parquet").write_bytes(b"torn")
     assert main([*call(checkpoint, tmp_path), "--budget-bits", "8.6"]) == 0
     mended = json.loads(capsys.readouterr().out)
     assert {name for name, state in mended["stages"].items() if state == "made"} == {"cost"}
     assert mended["predicted_loss"] == richer["predicted_loss"]
+
+
+def test_launches_are_measured_where_the_gpu_is(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    limits = ("--max-latency", "decode=1e6", "--study-trials", "6")
+    assert main(call(checkpoint, out, *limits)) == 0
+    predicted = json.loads(capsys.readouterr().out)
+    bench = MadeUpBench()
+    assert main(call(checkpoint, out, *limits), bench=bench) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name for name, state in found["stages"].items() if state == "made"} == {"latency", "report"}
+    assert bench.measured
+    finalists = found["verification"]["finalists"]
+    assert all(set(one["measured_us"]) == {"decode", "prefill"} for one in finalists)
+    assert "measured on h200: all 3 layers" in found["notes"][-1]
+    text = (out / "report.html").read_text()
+    assert "decode, us measured" in text
+    assert f"{finalists[0]['measured_us']['decode']:,.1f}" in text
+    assert "/ " in report_of(checkpoint, out, bench, limits, capsys)
+
+    bench = MadeUpBench()
+    assert main(call(checkpoint, out, *limits), bench=bench) == 0  # found again, not measured again
+    assert json.loads(capsys.readouterr().out)["stages"]["latency"] == "found"
+    assert bench.measured == []
+
+    # A limit that only the finalist of most loss holds as measured: it comes first, whatever was predicted.
+    decode = {one["name"]: one["measured_us"]["decode"] for one in finalists}
+    least = min(decode, key=lambda name: decode[name])
+    assert decode[least] < min(us for name, us in decode.items() if name != least)
+    ranked = Verification.read(out / "verification.json").ranked({"decode": decode[least]})
+    assert ranked.finalists[0].name == least
+    by_latency = Verification.read(out / "verification.json").ranked({}, loss_weight=0.0)
+    totals = [sum(us / min(decode.values()) for us in [one.measured_us["decode"]]) for one in by_latency.finalists]
+    assert totals == sorted(totals)
+
+    # Measured elsewhere and brought here.
+    (out / "latencies.json").rename(tmp_path / "brought.json")
+    assert main(call(checkpoint, out, *limits, "--latencies", str(tmp_path / "brought.json"))) == 0
+    brought = json.loads(capsys.readouterr().out)
+    assert [one["measured_us"] for one in brought["verification"]["finalists"]] == [
+        one["measured_us"] for one in finalists
+    ]
+    assert "(brought.json)" in brought["notes"][-1]
+    assert predicted["verification"]["finalists"][0]["measured_us"] == {}
+
+
+def report_of(checkpoint: Path, out: Path, bench: MadeUpBench, more: tuple[str, ...], capsys) -> str:
+    arguments = [argument for argument in call(checkpoint, out, *more) if argument != "--json"]
+    assert main(arguments, bench=bench) == 0
+    return capsys.readouterr().out
+
+
+def test_a_study_is_left_out_where_it_cannot_be(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call(checkpoint, tmp_path, "--granularity", "expert")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "study" not in found["stages"]
+    assert "--granularity asks for expert" in found["notes"][1]
+    assert main(call(checkpoint, tmp_path, "--study-trials", "0")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"][1] == "no outer study: --study-trials 0"
+    assert "study" not in {one["name"] for one in found["verification"]["finalists"]}
 
 
 @pytest.mark.timeout(400)
@@ -107,6 +178,9 @@ def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path, capsys: pytest.C
         (("--profile", "nothing.parquet"), "--profile nothing.parquet: no such file"),
         (("--budget-bits", "-1"), "avg_weight_bits is -1.0"),
         (("--schemes", "w5"), "w5"),
+        (("--latencies", "nothing.json"), "--latencies nothing.json: no such file"),
+        (("--loss-weight", "2"), "the loss weight must be from 0 to 1, not 2.0"),
+        (("--study-trials", "-1"), "study trials: 0 for none, or a number, not -1"),
     ],
 )
 def test_mistakes_are_one_sentence(
