@@ -1,9 +1,11 @@
 """`python -m costmodel.replay`: tuning replayed over a recorded profile, without a GPU: how fast guided measuring finds
 what an exhaustive sweep found, against random order, a grid and Optuna's TPE.
 
-Regret is over all launches: how much slower the configuration chosen for a launch is than its best recorded one. A
-strategy with a model chooses the best by measurement or prediction; one without takes a launch's best measured
-configuration, or where none was measured the analytic core's pick.
+Each model of the profile is tuned by itself, as if it were new: the base of guided measuring is fitted on the other
+models' rows. Regret is over all launches of the model: how much slower the configuration chosen for a launch is than
+its best recorded one. A strategy with a model chooses the best by measurement or prediction; one without takes a
+launch's best measured configuration, or where none was measured the analytic core's pick. Seconds are `guide.Costs`:
+every strategy pays for the kernels, weights and inputs that its batches need.
 """
 
 from __future__ import annotations
@@ -21,177 +23,254 @@ import optuna
 import pandas as pd
 
 from costmodel import features
-from costmodel.evaluation import launch_ids, usable
-from costmodel.fit import read_profiles
-from costmodel.guide import Candidates, Policy, best_rows
+from costmodel.evaluation import HeldOut, group_labels, launch_ids, usable
+from costmodel.fit import MIN_ROWS, read_profiles
+from costmodel.guide import Belief, Candidates, Guide, best_rows
+from costmodel.model import LatencyModel
+from costmodel.replay_report import markdown, plot
 from profiles.atomic import replacing
 from profiles.errors import DataError, UserError
 
 Array = npt.NDArray[np.float64]
-Codes = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
+GOAL = 0.01
+"""The expected regret at which guided measuring stops."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """After `num_measured` measurements, `seconds` of GPU and compiler time by the policy's costs."""
+    """After `num_measured` measurements of a model's candidates (`share` of them), and `seconds` of GPU and compiler.
+
+    `expected_regret` is what the strategy itself thinks its mean regret is; None without a model.
+    """
 
     strategy: str
+    model: str
+    num_launches: int
     num_measured: int
     share: float
     seconds: float
     regret_mean: float
     regret_p99: float
+    expected_regret: float | None
 
 
-Strategy = Callable[[Candidates, Array, Policy], Iterator[Codes]]
-"""Yields batches of rows to measure, from what it measured before."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Recorded:
+    """One model's rows as candidates, what each took, and the model that is the base when it is tuned (None: core)."""
+
+    name: str
+    candidates: Candidates
+    latency_us: Array
+    base: LatencyModel | None
+
+    def guide(self, batch: int, *, with_base: bool = True) -> Guide:
+        """Over these candidates."""
+        return Guide.of(self.candidates, self.base if with_base else None, batch=batch)
 
 
-def guided(candidates: Candidates, latency_us: Array, policy: Policy) -> Iterator[Codes]:
-    """The policy's own choice."""
-    measured = np.zeros(len(latency_us), dtype=np.bool_)
-    while len(rows := policy.next(candidates, measured, np.where(measured, latency_us, np.nan))):
-        yield rows
-        measured[rows] = True
+Strategy = Callable[[Recorded, int, int], Iterator[tuple[Codes, Belief | None]]]
+"""Given a model, a batch's size and a seed: yields what it has chosen to measure next, and what it believed before."""
 
 
-def random_order(candidates: Candidates, latency_us: Array, policy: Policy) -> Iterator[Codes]:
-    """All rows, by lot."""
-    rows = np.random.default_rng(policy.seed).permutation(len(latency_us))
-    for start in range(0, len(rows), policy.batch):
-        yield rows[start : start + policy.batch]
-
-
-def grid(candidates: Candidates, latency_us: Array, policy: Policy) -> Iterator[Codes]:
-    """Evenly spaced rows of the table, finer and finer."""
-    size = 1 << int(np.ceil(np.log2(max(2, len(latency_us)))))
-    bits = int(np.log2(size))
-    reversed_bits = np.asarray([int(f"{row:0{bits}b}"[::-1], 2) for row in range(size)])
-    rows = reversed_bits[reversed_bits < len(latency_us)]
-    for start in range(0, len(rows), policy.batch):
-        yield rows[start : start + policy.batch]
-
-
-def tpe(candidates: Candidates, latency_us: Array, policy: Policy) -> Iterator[Codes]:
-    """Optuna's TPE, a study a launch, each asked in turn."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    order = np.random.default_rng(policy.seed).permutation(np.unique(candidates.launches))
-    rows_of = {launch: np.flatnonzero(candidates.launches == launch) for launch in order}
-    studies = {
-        launch: optuna.create_study(sampler=optuna.samplers.TPESampler(seed=policy.seed + int(launch)))
-        for launch in order
-    }
-    batch: list[int] = []
-    for _ in range(max(len(rows) for rows in rows_of.values())):
-        for launch in order:
-            trial = studies[launch].ask()
-            index = trial.suggest_categorical("config", list(range(len(rows_of[launch]))))
-            row = int(rows_of[launch][index])
-            studies[launch].tell(trial, float(latency_us[row]))
-            batch.append(row)
-            if len(batch) == policy.batch:
-                yield np.asarray(batch, dtype=np.int64)
-                batch = []
-    if batch:
-        yield np.asarray(batch, dtype=np.int64)
-
-
-STRATEGIES: dict[str, tuple[Strategy, bool]] = {
-    "guided": (guided, True),
-    "random, with the model": (random_order, True),
-    "random": (random_order, False),
-    "grid": (grid, False),
-    "TPE (Optuna)": (tpe, False),
-}
-"""(what it measures, whether the model chooses in the end)."""
-
-
-def replay(rows: pd.DataFrame, name: str, policy: Policy, *, max_share: float = 0.25, points: int = 12) -> list[Point]:
-    """The curve of a strategy over a profile's finished rows, up to a share of all measurements.
+def recorded(rows: pd.DataFrame, *, seed: int = 0) -> list[Recorded]:
+    """Every model of a profile's finished rows, with a base that was fitted on the others.
 
     Raises:
         DataError: no launch was measured with two configurations.
     """
-    y, candidates = rows["latency_us"].to_numpy(dtype=np.float64), candidates_of(rows)
-    if len(np.unique(candidates.launches)) == len(y):
+    names = group_labels(rows, HeldOut.MODEL)
+    X, y = features.of_profile(rows), rows["latency_us"].to_numpy(dtype=np.float64)
+    found = []
+    for name in pd.unique(names):
+        own = names == name
+        base = None
+        if (~own).sum() >= MIN_ROWS:
+            base = LatencyModel(num_folds=2, random_state=seed).fit(X[~own], y[~own])
+        candidates = candidates_of(rows[own].reset_index(drop=True), X[own].reset_index(drop=True))
+        if len(np.unique(candidates.launches)) < len(candidates):
+            found.append(Recorded(name=str(name), candidates=candidates, latency_us=y[own], base=base))
+    if not found:
         raise DataError("nothing to replay: no launch was measured with two configurations")
-    strategy, with_model = STRATEGIES[name]
-    limit = int(max_share * len(y))
-    checkpoints = iter(np.unique(np.geomspace(policy.batch, max(limit, policy.batch), points).astype(int)))
-    measured = np.zeros(len(y), dtype=np.bool_)
+    return found
+
+
+def candidates_of(rows: pd.DataFrame, X: pd.DataFrame) -> Candidates:
+    """A profile's rows, with their features, as candidates."""
+    mixes = ["+".join(names) for names in rows["schemes"]]
+    slots = ["+".join(sorted(set(names))) for names in rows["schemes"]]
+    weights = [f"{n} {k} {mix}" for n, k, mix in zip(rows["n"], rows["k"], mixes, strict=True)]
+    launches = launch_ids(rows)
+    return Candidates(
+        features=X,
+        launches=np.asarray(launches, dtype=np.intp),
+        kernels=_codes([f"{config} {used}" for config, used in zip(rows["config"], slots, strict=True)]),
+        inputs=np.asarray(launches, dtype=np.intp),
+        weights=_codes(weights),
+    )
+
+
+def _codes(names: Sequence[str]) -> Codes:
+    return np.asarray(pd.factorize(np.asarray(names, dtype=object))[0], dtype=np.intp)
+
+
+def guided(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
+    """The guide's own choice, from the other models' measurements."""
+    yield from _guided(data, data.guide(batch))
+
+
+def guided_without_profile(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
+    """The guide's own choice, from the analytic core: no other model was ever measured on this GPU."""
+    yield from _guided(data, data.guide(batch, with_base=False))
+
+
+def _guided(data: Recorded, guide: Guide) -> Iterator[tuple[Codes, Belief | None]]:
+    measured = np.zeros(len(data.latency_us), dtype=np.bool_)
+    while True:
+        belief = guide.believe(measured, np.where(measured, data.latency_us, np.nan))
+        rows = guide.next(belief)
+        yield rows, belief
+        if not len(rows):
+            return
+        measured[rows] = True
+
+
+def random_with_model(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
+    """All rows, by lot; the model chooses in the end."""
+    guide, measured = data.guide(batch), np.zeros(len(data.latency_us), dtype=np.bool_)
+    for rows, _ in random_order(data, batch, seed):
+        yield rows, guide.believe(measured, np.where(measured, data.latency_us, np.nan))
+        measured[rows] = True
+
+
+def random_order(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
+    """All rows, by lot."""
+    rows = np.random.default_rng(seed).permutation(len(data.latency_us))
+    for start in range(0, len(rows), batch):
+        yield rows[start : start + batch], None
+
+
+def grid(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
+    """Evenly spaced rows of the table, finer and finer."""
+    bits = int(np.ceil(np.log2(max(2, len(data.latency_us)))))
+    reversed_bits = np.asarray([int(f"{row:0{bits}b}"[::-1], 2) for row in range(1 << bits)])
+    rows = reversed_bits[reversed_bits < len(data.latency_us)]
+    for start in range(0, len(rows), batch):
+        yield rows[start : start + batch], None
+
+
+def tpe(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
+    """Optuna's TPE, a study a launch, each asked in turn."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    launches = data.candidates.launches
+    order = np.random.default_rng(seed).permutation(np.unique(launches))
+    rows_of = {launch: np.flatnonzero(launches == launch) for launch in order}
+    studies = {
+        launch: optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed + int(launch))) for launch in order
+    }
+    asked: list[int] = []
+    for _ in range(max(len(rows) for rows in rows_of.values())):
+        for launch in order:
+            trial = studies[launch].ask()
+            row = int(rows_of[launch][trial.suggest_categorical("config", list(range(len(rows_of[launch]))))])
+            studies[launch].tell(trial, float(data.latency_us[row]))
+            asked.append(row)
+            if len(asked) == batch:
+                yield np.asarray(asked, dtype=np.intp), None
+                asked = []
+    yield np.asarray(asked, dtype=np.intp), None
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "guided": guided,
+    "guided, no profile": guided_without_profile,
+    "random, with the model": random_with_model,
+    "random": random_order,
+    "grid": grid,
+    "TPE (Optuna)": tpe,
+}
+
+
+def replay(data: Recorded, name: str, *, batch: int = 16, max_share: float = 0.25, seed: int = 0) -> list[Point]:
+    """The curve of a strategy over one model: a point before each batch, until a share of all rows is measured."""
+    y, candidates, costs = data.latency_us, data.candidates, data.guide(batch).costs
     core = np.log(candidates.features["latency_us"].to_numpy(dtype=np.float64))
     best = y[best_rows(y, candidates.launches)]
-    curve, wanted = [], next(checkpoints)
-    for batch in strategy(candidates, y, policy):
-        measured[batch] = True
-        count = int(measured.sum())
-        if count < wanted:
-            continue
-        if with_model:
-            estimate, _ = policy.estimate(candidates, measured, np.where(measured, y, np.nan))
-        else:
-            # Far below any other, so that a launch's measured rows come before the core's picks.
-            estimate = np.where(measured, np.log(y) - 100.0, core)
-        regret = y[best_rows(estimate, candidates.launches)] / best - 1.0
-        kernels = len(np.unique(candidates.kernels[measured]))
+    measured, built = np.zeros(len(y), dtype=np.bool_), np.zeros(len(y), dtype=np.bool_)
+    seconds, curve = 0.0, []
+    for rows, belief in STRATEGIES[name](data, batch, seed):
+        # A strategy without a model: far below any other, so that measured rows come before the core's picks.
+        log_us = belief.log_us if belief else np.where(measured, np.log(y) - 100.0, core)
+        regret = y[best_rows(log_us, candidates.launches)] / best - 1.0
         curve.append(
             Point(
                 strategy=name,
-                num_measured=count,
-                share=count / len(y),
-                seconds=count * policy.measure_seconds + kernels * policy.compile_seconds,
+                model=data.name,
+                num_launches=len(best),
+                num_measured=int(measured.sum()),
+                share=float(measured.mean()),
+                seconds=seconds,
                 regret_mean=float(regret.mean()),
                 regret_p99=float(np.quantile(regret, 0.99)),
+                expected_regret=data.guide(batch).expected_regret(belief) if belief else None,
             )
         )
-        if count >= limit:
+        new = np.unique(rows[~measured[rows]])
+        if measured.mean() >= max_share or not len(rows):
             break
-        wanted = next((each for each in checkpoints if each > count), limit)
+        seconds += costs.of(candidates, new, built)
+        measured[new] = True
+        built = np.isin(candidates.kernels, candidates.kernels[measured])
     return curve
-
-
-def candidates_of(rows: pd.DataFrame) -> Candidates:
-    """A profile's rows as candidates."""
-    names = [
-        f"{config} {'+'.join(sorted(set(used)))}" for config, used in zip(rows["config"], rows["schemes"], strict=True)
-    ]
-    return Candidates(
-        features=features.of_profile(rows),
-        launches=launch_ids(rows),
-        kernels=np.asarray(pd.factorize(np.asarray(names))[0], dtype=np.int64),
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for a user's mistake, whose sentence goes to stderr."""
     arguments = _parser().parse_args(argv)
     try:
-        rows = usable(read_profiles(arguments.profile))
-        curves = [
-            point
-            for name in STRATEGIES
-            for point in replay(rows, name, Policy(seed=arguments.seed), max_share=arguments.max_share)
-        ]
-        try:
-            with replacing(arguments.out) as temporary:
-                temporary.write_text(json.dumps([asdict(point) for point in curves], indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{arguments.out}: cannot be written ({error.strerror or error})") from error
+        models = recorded(usable(read_profiles(arguments.profile)), seed=arguments.seed)
+        curves: list[Point] = []
+        for name in STRATEGIES:
+            for data in models:
+                print(f"{name}: {data.name}, {len(data.candidates)} candidates", file=sys.stderr)
+                curves += replay(data, name, batch=arguments.batch, max_share=arguments.max_share, seed=arguments.seed)
+        exhaustive = {each.name: _exhaustive_seconds(each) for each in models}
+        text = markdown(curves, exhaustive, goal=GOAL)
+        _write(arguments.out, curves, exhaustive, text)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for point in curves:
-        print(
-            f"{point.strategy:24} {point.num_measured:6} measured ({100 * point.share:5.1f}%)  {point.seconds:7.1f} s"
-            f"  regret {100 * point.regret_mean:6.2f}%  p99 {100 * point.regret_p99:6.2f}%"
-        )
+    print(text)
     return 0
+
+
+def _exhaustive_seconds(data: Recorded) -> float:
+    every = np.arange(len(data.candidates), dtype=np.intp)
+    return data.guide(1).costs.of(data.candidates, every, np.zeros(len(every), dtype=np.bool_))
+
+
+def _write(folder: Path, curves: Sequence[Point], exhaustive: dict[str, float], text: str) -> None:
+    body = {"exhaustive_seconds": exhaustive, "points": [asdict(point) for point in curves]}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "replay.json") as temporary:
+            temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        with replacing(folder / "replay.md") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+        with replacing(folder / "replay.png") as temporary:
+            plot(curves, temporary)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m costmodel.replay", description="Replay tuning over a profile.")
     parser.add_argument("--profile", type=Path, nargs="+", required=True, metavar="FILE", help="profiles (Parquet)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the curves, as JSON")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the curves: replay.json, .md and .png"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="measurements between two decisions (default 16)")
     parser.add_argument("--max-share", type=float, default=0.25, help="of all rows, to measure at most (default 0.25)")
     parser.add_argument("--seed", type=int, default=0)
     return parser

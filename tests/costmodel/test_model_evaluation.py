@@ -1,4 +1,4 @@
-"""Evaluation, its report and commands, and guided measuring, on made-up profiles."""
+"""Evaluation, its report and commands, on made-up profiles."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from costmodel import evaluate as evaluate_command
 from costmodel import fit as fit_command
 from costmodel import model_file
 from costmodel.baselines import AnalyticCore, Dummy, RawBoosting, Roofline, SlopeTimesTiles
-from costmodel.evaluation import MODEL, HeldOut, estimators, evaluate, group_labels, launch_ids, noise_floor, regrets
+from costmodel.evaluation import MODEL, HeldOut, estimators, evaluate, group_labels, noise_floor, regrets
 from costmodel.features import of_profile
-from costmodel.guide import Policy, best_rows, worth_tuning
 from costmodel.model import LatencyModel
-from costmodel.replay import STRATEGIES, candidates_of, replay
 from costmodel.report import as_json, write_report
 from profiles.errors import DataError
 from profiles.records import ProfileRecord
@@ -144,34 +142,3 @@ def test_too_little_is_refused(rows: pd.DataFrame) -> None:
         evaluate(rows.assign(status="timeout"))
     with pytest.raises(DataError, match="no kind"):
         evaluate(rows[rows["model"] == "alpha"], kinds=[HeldOut.SHAPE])
-
-
-def test_guided_measuring_beats_random_and_ends(rows: pd.DataFrame) -> None:
-    policy = Policy(batch=12, num_trees=20)
-    some = rows[rows["model"] != "gamma"].reset_index(drop=True)
-    curves = {name: replay(some, name, policy, max_share=0.1, points=3) for name in STRATEGIES}
-    for curve in curves.values():
-        assert [point.num_measured for point in curve] == sorted({point.num_measured for point in curve})
-    last = {name: curve[-1] for name, curve in curves.items()}
-    assert all(last["guided"].regret_mean < last[name].regret_mean for name in ("random", "grid", "TPE (Optuna)"))
-    assert last["guided"].seconds < last["random"].seconds
-
-
-def test_policy_measures_everything_once_and_avoids_failures() -> None:
-    some = profile(models=("alpha",), mixes=0).iloc[::3].reset_index(drop=True)
-    candidates, y = candidates_of(some), some["latency_us"].to_numpy()
-    policy, measured = Policy(batch=16, num_trees=5), np.zeros(len(some), dtype=np.bool_)
-    latency = np.full(len(some), np.nan)
-    while len(batch := policy.next(candidates, measured, latency)):
-        assert not measured[batch].any()
-        assert len(set(candidates.launches[batch])) == len(batch) == len(set(batch))
-        measured[batch] = True
-        latency[batch] = np.where(batch % 7 == 0, np.nan, y[batch])
-    assert measured.all()
-    log_us, _ = policy.estimate(candidates, measured, latency)
-    chosen = best_rows(log_us, candidates.launches)
-    assert np.isfinite(latency[chosen]).all()
-    np.testing.assert_array_equal(np.unique(launch_ids(some)), np.unique(candidates.launches))
-    gain, std = worth_tuning(candidates, policy, measured, latency)
-    assert 0.0 <= gain < 1.0
-    assert std == 0.0
