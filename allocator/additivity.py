@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allocator.extras import require_models
+from allocator import command
 from allocator.sensitivity import Sensitivity
-from allocator.trace import add_data_options, check_batch_size, check_output
-from profiles.atomic import replacing
-from profiles.errors import DataError, SpecError, UserError
+from profiles.errors import SpecError
 
 if TYPE_CHECKING:
     from allocator.calibration.additivity import Additivity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0 when a report was written, 2 on a user's mistake, whose sentence goes to stderr."""
-    arguments = _parser().parse_args(argv)
-    try:
-        require_models("allocator.additivity")
-        found = _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(found.report()) if arguments.json else report(found, arguments.out))
-    return 0
+    """The command line. Returns 0 when a report was written, 2 on a user's mistake, said on stderr."""
+    return command.run(_parser(), argv, _run)
 
 
-def _run(arguments: argparse.Namespace) -> Additivity:
+def _run(arguments: argparse.Namespace) -> command.Outcome:
     # Imported here, where what they need is known to be installed.
+    from allocator.calibration import picture, scatter
     from allocator.calibration.additivity import Blocks
     from allocator.calibration.check import CheckOptions, check_additivity, corrected
-    from allocator.calibration.data import read_sequences
-    from allocator.calibration.model import StreamedModel
     from allocator.calibration.quantizer import Method, Quantizer
 
-    for option, path in (("--out", arguments.out), ("--corrected", arguments.corrected)):
-        if path is not None:
-            check_output(option, path)
-    check_batch_size(arguments.batch_size)
+    command.check_outputs(arguments, "--out", "--corrected", "--plot")
+    plot: Path = arguments.plot or arguments.out.with_suffix(".png")
+    picture.kind_of(plot)
     low, high = _range(arguments.bits)
     options = CheckOptions(
         low=low,
@@ -54,19 +41,8 @@ def _run(arguments: argparse.Namespace) -> Additivity:
         seed=arguments.seed,
     )
     sensitivity = Sensitivity.read(arguments.sensitivity)
-    model = StreamedModel(arguments.model, device=arguments.device)
-    held_out, calibration = (
-        read_sequences(
-            file,
-            model.checkpoint.folder,
-            vocab_size=model.vocab_size,
-            length=arguments.sequence_length,
-            number=arguments.num_sequences,
-            seed=arguments.seed,
-            max_length=model.max_length,
-        )
-        for file in (arguments.held_out, arguments.data)
-    )
+    model = command.open_model(arguments)
+    held_out, calibration = (command.open_data(arguments, model, file) for file in (arguments.held_out, arguments.data))
     quantizer = Quantizer(method=Method(arguments.method), clip=not arguments.no_clip, rotate=arguments.rotate)
     found = check_additivity(
         model,
@@ -76,16 +52,13 @@ def _run(arguments: argparse.Namespace) -> Additivity:
         quantizer,
         options,
         batch_size=arguments.batch_size,
-        progress=None if arguments.quiet else lambda line: print(line, file=sys.stderr, flush=True),
+        progress=command.progress_of(arguments),
     )
     if arguments.corrected is not None:
         corrected(sensitivity, found, Blocks.of(sensitivity, model.shape)).write(arguments.corrected)
-    try:
-        with replacing(arguments.out) as temporary:
-            temporary.write_text(json.dumps(found.report()) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{arguments.out}: cannot be written ({error.strerror or error})") from error
-    return found
+    command.write_json(arguments.out, found.report())
+    picture.write(scatter.figure(found, f"{sensitivity.model}, {sensitivity.metric}"), plot)
+    return command.Outcome(summary=found.report(), text=report(found, arguments.out, plot))
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -100,7 +73,7 @@ def _no_range(text: str) -> tuple[float, float]:
     raise SpecError(f"--bits {text}: it is LOW-HIGH, such as 2.5-4.5")
 
 
-def report(found: Additivity, out: Path) -> str:
+def report(found: Additivity, out: Path, plot: Path) -> str:
     """What the command prints: rank correlations of each prediction, by group."""
     names = list(found.groups)
     lines = [f"{'Spearman with measured KL':28}" + "".join(f"{name:>18}" for name in names)]
@@ -112,7 +85,7 @@ def report(found: Additivity, out: Path) -> str:
         "",
         f"perplexity {found.exact_perplexity:.4f}, of these allocations {found.perplexity.min():.4f} to"
         f" {found.perplexity.max():.4f}; KL {found.measured_kl.min():.4g} to {found.measured_kl.max():.4g} nats",
-        f"wrote {out}",
+        f"wrote {out} and {plot}",
     ]
     return "\n".join(lines)
 
@@ -122,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m allocator.additivity",
         description="Measure random allocations and compare with what a sensitivity predicts for them.",
     )
-    add_data_options(parser)
+    command.add_data_options(parser)
     parser.add_argument("--held-out", required=True, type=Path, metavar="FILE", help="data to measure on")
     parser.add_argument("--sensitivity", required=True, type=Path, metavar="FILE", help="losses, Parquet")
     parser.add_argument("--bits", required=True, metavar="LOW-HIGH", help="range of average bits, such as 2.5-4.5")
@@ -135,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-clip", action="store_true", help="no search for narrower ranges")
     parser.add_argument("--rotate", action="store_true", help="rotate inputs whose activations are quantised")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the report, JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the picture (default: beside --out, .png)")
     parser.add_argument("--corrected", type=Path, metavar="FILE", help="the sensitivity with the correction, Parquet")
     return parser
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.extras import require_models
-from allocator.trace import add_data_options, check_batch_size, check_output
+from allocator import command
 from profiles import schemes
-from profiles.atomic import replacing
-from profiles.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from allocator.calibration.sensitivities import Calibration
@@ -26,30 +22,19 @@ DEFAULT_SCHEMES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 when a sensitivity was written, 2 on a user's mistake, said on stderr."""
-    arguments = _parser().parse_args(argv)
-    try:
-        require_models("allocator.calibrate")
-        calibration, notes = _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(summary(calibration, notes)) if arguments.json else report(calibration, notes, arguments.out))
-    return 0
+    return command.run(_parser(), argv, _run)
 
 
-def _run(arguments: argparse.Namespace) -> tuple[Calibration, list[str]]:
+def _run(arguments: argparse.Namespace) -> command.Outcome:
     # Imported here, where what they need is known to be installed.
-    from allocator.calibration.data import read_sequences
     from allocator.calibration.layer_losses import LossOptions
     from allocator.calibration.measures import measure_of
-    from allocator.calibration.model import StreamedModel
     from allocator.calibration.partial import Partial, fingerprint
     from allocator.calibration.quantizer import Method, Quantizer
     from allocator.calibration.sensitivities import calibrate, describe
 
     out: Path = arguments.out
-    check_output("--out", out)
-    check_batch_size(arguments.batch_size)
+    command.check_outputs(arguments, "--out")
     measure = measure_of(arguments.measure)
     names = list(dict.fromkeys(arguments.schemes.split(",")))
     options = LossOptions(
@@ -63,18 +48,9 @@ def _run(arguments: argparse.Namespace) -> tuple[Calibration, list[str]]:
         ),
         max_rows=arguments.max_rows,
     )
-    model = StreamedModel(arguments.model, device=arguments.device, layers_kept=10_000 if measure.needs_ahead else 1)
-    sequences = read_sequences(
-        arguments.data,
-        model.checkpoint.folder,
-        vocab_size=model.vocab_size,
-        length=arguments.sequence_length,
-        number=arguments.num_sequences,
-        seed=arguments.seed,
-        max_length=model.max_length,
-    )
+    model = command.open_model(arguments, layers_kept=10_000 if measure.needs_ahead else 1)
+    sequences = command.open_data(arguments, model, arguments.data)
     partial = Partial(out, fingerprint(model, sequences.tokens, [measure.name], options, arguments.seed))
-    progress = None if arguments.quiet else lambda line: print(line, file=sys.stderr, flush=True)
     calibration = calibrate(
         model,
         sequences,
@@ -83,26 +59,18 @@ def _run(arguments: argparse.Namespace) -> tuple[Calibration, list[str]]:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         partial=partial,
-        progress=progress,
+        progress=command.progress_of(arguments),
     )
     notes = [*sequences.notes, *describe(calibration.notes)]
     calibration.sensitivities[measure.name].write(out)
-    _write_report(report_of(out), {"notes": notes, "layers": calibration.report()})
+    command.write_json(report_of(out), {"notes": notes, "layers": calibration.report()}, indent=1)
     partial.remove()
-    return calibration, notes
+    return command.Outcome(summary=summary(calibration, notes), text=report(calibration, notes, out))
 
 
 def report_of(out: Path) -> Path:
     """Where the notes are written: experts with too few tokens, fallbacks."""
     return out.with_name(f"{out.stem}.report.json")
-
-
-def _write_report(path: Path, content: dict[str, Any]) -> None:
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def summary(calibration: Calibration, notes: Sequence[str]) -> dict[str, Any]:
@@ -134,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m allocator.calibrate",
         description="Measure what every precision scheme costs every linear layer of every expert.",
     )
-    add_data_options(parser)
+    command.add_data_options(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the sensitivity to write, Parquet")
     parser.add_argument("--schemes", default=DEFAULT_SCHEMES, metavar="A,B", help="(default: %(default)s)")
     parser.add_argument(

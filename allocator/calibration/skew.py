@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from profiles.atomic import replacing
-from profiles.errors import DataError
 from profiles.loads import TokenLoad
 
 
@@ -35,25 +31,6 @@ def figure(loads: Mapping[int, TokenLoad]) -> Figure:
     bars.margins(x=0.25)
     drawn.suptitle(f"Tokens per expert: {next(iter(loads.values())).source.rpartition(', layer')[0]}")
     return drawn
-
-
-def write(loads: Mapping[int, TokenLoad], path: Path) -> None:
-    """The figure in a file whose suffix matplotlib knows. DataError: another suffix, or it cannot be written."""
-    kind = kind_of(path)
-    try:
-        with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "bitile"}):
-            figure(loads).savefig(temporary, format=kind, dpi=120)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def kind_of(path: Path) -> str:
-    """The picture's format by its name. DataError: none that matplotlib knows."""
-    kinds = Figure().canvas.get_supported_filetypes()
-    kind = path.suffix.removeprefix(".")
-    if kind not in kinds:
-        raise DataError(f"{path}: a picture ends in {', '.join(f'.{kind}' for kind in sorted(kinds))}")
-    return kind
 
 
 def _relative(load: TokenLoad) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

@@ -1,19 +1,22 @@
 """Every MoE layer in turn, with what its experts are given, and if asked how the output depends on what they return.
 
 Forward: layer 0 first; in memory are one layer and the hidden states of all sequences. With gradients: first a forward
-pass that keeps every layer's input (on the CPU), then the layers last to first, each run again with autograd.
+pass that writes every layer's input to temporary files, then the layers last to first, each run again with autograd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from allocator.calibration.experts import Experts, by_expert
 from allocator.calibration.model import LoadedLayer, StreamedModel
+from allocator.calibration.spill import Spill
 from allocator.sensitivity import SHARED_EXPERT
 
 STAND_INS = 32
@@ -202,15 +205,21 @@ def visit_with_gradients(
     The loss is the negative log likelihood, summed over positions, of tokens drawn from the model's own prediction, so
     that the mean of squared directional derivatives is the Fisher information (not the empirical one).
     """
-    inputs = [[model.embed(batch) for batch in torch.split(tokens, batch_size)]]
+    with TemporaryDirectory(prefix="bitile-") as folder:
+        yield from _backwards(model, tokens, batch_size, seed, Spill(Path(folder)))
+
+
+def _backwards(model: StreamedModel, tokens: Tensor, batch_size: int, seed: int, inputs: Spill) -> Iterator[Visit]:
+    hidden = [model.embed(batch) for batch in torch.split(tokens, batch_size)]
     for index in range(model.num_layers):
-        inputs.append(through(model, index, inputs[-1]))
-        inputs[-2] = [batch.cpu() for batch in inputs[-2]]
+        inputs.put(index, hidden)
+        hidden = through(model, index, hidden)
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    upstream = [_head_gradient(model, batch, generator) for batch in inputs.pop()]
+    upstream = [_head_gradient(model, batch, generator) for batch in hidden]
+    del hidden
     for index in reversed(range(model.num_layers)):
         layer = model.layer(index)
-        steps = [_Backward(model, layer, batch.to(model.device)) for batch in inputs.pop()]
+        steps = [_Backward(model, layer, batch.to(model.device)) for batch in inputs.take(index)]
         if layer.routed is None:
             upstream = [step.run(gradient) for step, gradient in zip(steps, upstream, strict=True)]
             del steps, layer
