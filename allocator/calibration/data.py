@@ -13,6 +13,8 @@ from torch import Tensor
 from profiles.errors import DataError, SpecError
 
 MIN_LENGTH = 2
+MOST_UNKNOWN = 0.5
+"""A larger share of unknown tokens means a tokenizer of something else."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -56,14 +58,14 @@ def read_sequences(
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{file}: no such file; --data takes a text file or an .npy of token ids")
-    ids = _from_npy(file) if file.suffix == ".npy" else _from_text(file, checkpoint, vocab_size)
+    notes: list[str] = []
+    ids = _from_npy(file) if file.suffix == ".npy" else _from_text(file, checkpoint, vocab_size, notes)
     low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise DataError(
             f"{file}: token id {wrong} is outside the model's vocabulary of {vocab_size}; other tokens are needed"
         )
-    notes = []
     if max_length is not None and max_length < length:
         notes.append(f"the model has positions for {max_length} tokens; sequences are as long, not {length}")
         length = max_length
@@ -110,7 +112,9 @@ def _from_npy(file: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     return token_ids
 
 
-def _from_text(file: Path, folder: Path, vocab_size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _from_text(
+    file: Path, folder: Path, vocab_size: int, notes: list[str]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -136,5 +140,15 @@ def _from_text(file: Path, folder: Path, vocab_size: int) -> np.ndarray[tuple[in
         raise DataError(
             f"{folder}: the tokenizer does not match the model: it gives token {int(ids.max())} and the vocabulary has"
             f" {vocab_size}; put the model's own tokenizer there"
+        )
+    unknown = float((ids == tokenizer.unk_token_id).mean()) if tokenizer.unk_token_id is not None and ids.size else 0.0
+    if unknown > MOST_UNKNOWN:
+        raise DataError(
+            f"{folder}: the tokenizer does not match the text: it knows no token for {unknown:.0%} of {file.name}; put"
+            " the model's own tokenizer there, or give another text"
+        )
+    if len(tokenizer) > vocab_size:
+        notes.append(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {vocab_size}: it may not be the model's own"
         )
     return ids

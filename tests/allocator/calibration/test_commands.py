@@ -41,7 +41,7 @@ def with_tokenizer(folder: Path, target: Path, words: int) -> Path:
         (target / file.name).write_bytes(file.read_bytes())
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(target)
     return target
 
 
@@ -176,7 +176,8 @@ def refusals(tmp_path: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
     np.save(cube, np.zeros((2, 2, 2), dtype=int))
     broken = tmp_path / "broken.npy"
     broken.write_bytes(good.read_bytes()[:100])
-    blank, latin, text = (tmp_path / f"{name}.txt" for name in ("blank", "latin", "text"))
+    blank, latin, text, other = (tmp_path / f"{name}.txt" for name in ("blank", "latin", "text", "other"))
+    other.write_text("some words that the tokenizer does not know " * 20)
     blank.write_text(" \n")
     latin.write_bytes(b"\xff\xfe\xe9")
     text.write_text("w1 w2 w3 w500 " * 50)
@@ -203,6 +204,10 @@ def refusals(tmp_path: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
         "foreign tokenizer": (
             arguments(foreign, text, out),
             "the tokenizer does not match the model: it gives token 500",
+        ),
+        "tokenizer of another language": (
+            arguments(foreign, other, out),
+            "the tokenizer does not match the text: it knows no token for 100% of other.txt",
         ),
         "damaged tokenizer": (arguments(damaged, text, out), "its tokenizer cannot be read"),
         "no sequences": (arguments(folder, good, out, "--num-sequences", "0"), "at least 1 of 2 are needed"),
