@@ -1,0 +1,46 @@
+"""The GPU of a `--measure` run: torch's current CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.layer.measuring import FAILURES, Device
+from bench.layer.tuning import TunedLibrary
+from kernel_gen.kernels import KernelSpec
+from kernel_gen.library import library_of
+from kernel_gen.timing import GpuClock
+from profiles.errors import SpecError
+from profiles.gpus import GpuSpec
+
+
+def this_gpu() -> GpuSpec:
+    """SpecError: torch sees no GPU; UnsupportedError: one that nobody described."""
+    if not torch.cuda.is_available():
+        raise SpecError("--measure: torch sees no GPU; leave it out to report what was measured before")
+    return library_of(torch.cuda.current_device()).gpu
+
+
+def open_device(specs: Sequence[KernelSpec], folder: Path) -> Device:
+    """Compiles the kernels into a bundle in `folder`."""
+    gpu = this_gpu()
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    failures = FAILURES
+    try:
+        import triton
+    except ModuleNotFoundError:
+        versions["triton"] = "not installed"
+    else:
+        versions["triton"] = triton.__version__
+        failures += (triton.TritonError,)
+    library = TunedLibrary.build(specs, gpu, folder)
+    return Device(
+        gpu=gpu,
+        clock=GpuClock(),
+        library=library,
+        l2_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
+        versions=versions,
+        failures=failures,
+    )

@@ -1,0 +1,163 @@
+"""Layers beside kernel_gen.moe.MoELayer: the same with one launch a scheme, and torch's and Triton's in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.layer.weights import SchemeShare
+from bench.peers.contenders import grouped_bf16
+from kernel_gen.experts import Experts
+from kernel_gen.layer.fused import MAX_RANKED_IDS, FusedSteps
+from kernel_gen.layer.routing import Routing
+from kernel_gen.library import KernelLibrary
+from kernel_gen.runtime import Activations
+
+Gemm = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [M, K], weights [E, N, K], offsets [E + 1]) to [M, N]; bf16."""
+
+
+class SteppedLayer:
+    """Our fused steps around any two GEMMs."""
+
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary) -> None:
+        self.gate_up, self.down = gate_up, down
+        self.steps = FusedSteps(gate_up, down, library)
+
+    def first(self, x: Activations, routing: Routing) -> Tensor:
+        """[rows, 2 * I]."""
+        raise NotImplementedError
+
+    def second(self, x: Activations, routing: Routing) -> Tensor:
+        """[rows, H]."""
+        raise NotImplementedError
+
+    def dispatch(self, hidden: Tensor, ids: Tensor) -> tuple[Routing, Activations]:
+        """Rows in expert order."""
+        routing = None if ids.numel() <= MAX_RANKED_IDS else self.steps.route(ids)
+        return self.steps.gather(hidden, ids, routing, for_swiglu=True)
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """As MoELayer.forward."""
+        routing, x = self.dispatch(hidden, ids)
+        product = self.steps.swiglu(self.first(x, routing), routing)
+        return self.steps.combine(self.second(product, routing), routing, weights)
+
+    def prefixes(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Callable[[], object]]:
+        """The layer up to each part, so that a part's time is its prefix's less the one before."""
+
+        def up_to_first() -> tuple[Routing, Tensor]:
+            routing, x = self.dispatch(hidden, ids)
+            return routing, self.first(x, routing)
+
+        def up_to_swiglu() -> tuple[Routing, Activations]:
+            routing, gate_up = up_to_first()
+            return routing, self.steps.swiglu(gate_up, routing)
+
+        def up_to_second() -> Tensor:
+            routing, product = up_to_swiglu()
+            return self.second(product, routing)
+
+        parts: dict[str, Callable[[], object]] = {}
+        if ids.numel() > MAX_RANKED_IDS:
+            parts["route"] = lambda: self.steps.route(ids)
+        parts["gather"] = lambda: self.dispatch(hidden, ids)
+        return parts | {
+            "gemm 1": up_to_first,
+            "swiglu": up_to_swiglu,
+            "gemm 2": up_to_second,
+            "combine": lambda: self(hidden, ids, weights),
+        }
+
+
+class OneLaunch(SteppedLayer):
+    """MoELayer with all fusions, part by part."""
+
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary) -> None:
+        super().__init__(gate_up, down, library)
+        self._library = library
+
+    def first(self, x: Activations, routing: Routing) -> Tensor:
+        """One launch."""
+        return self._library.best(self.gate_up, x.num_tokens)(x, self.gate_up, routing.offsets)
+
+    def second(self, x: Activations, routing: Routing) -> Tensor:
+        """One launch."""
+        return self._library.best(self.down, x.num_tokens)(x, self.down, routing.offsets)
+
+
+class LaunchPerScheme(SteppedLayer):
+    """The same experts, a launch a scheme: one after the other, or each on a stream of its own."""
+
+    def __init__(
+        self, gate_up: Experts, down: Experts, library: KernelLibrary, streams: Sequence[torch.cuda.Stream] = ()
+    ) -> None:
+        super().__init__(gate_up, down, library)
+        self._library, self._streams = library, tuple(streams)
+        self.shares = {
+            linear: [SchemeShare(whole, index) for index in range(len(whole.stacks))]
+            for linear, whole in (("first", gate_up), ("second", down))
+        }
+
+    def first(self, x: Activations, routing: Routing) -> Tensor:
+        """A launch a scheme."""
+        return self._all("first", x, routing)
+
+    def second(self, x: Activations, routing: Routing) -> Tensor:
+        """A launch a scheme."""
+        return self._all("second", x, routing)
+
+    def _all(self, linear: str, x: Activations, routing: Routing) -> Tensor:
+        shares = self.shares[linear]
+        y = torch.empty(x.num_tokens, shares[0].n, dtype=torch.bfloat16, device=routing.offsets.device)
+        main = torch.cuda.current_stream()
+        for index, share in enumerate(shares):
+            stream = self._streams[index] if self._streams else main
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                self._library.best(share, x.num_tokens)(x, share, routing.offsets, out=y)
+        for stream in self._streams[: len(shares)]:
+            main.wait_stream(stream)
+        return y
+
+
+class DenseLayer(SteppedLayer):
+    """Somebody else's bf16 GEMM between our steps."""
+
+    def __init__(
+        self,
+        experts: tuple[Experts, Experts],
+        library: KernelLibrary,
+        dense: tuple[Tensor, Tensor],
+        gemms: Sequence[Gemm],
+    ) -> None:
+        super().__init__(*experts, library)
+        self._dense, self._gemms = dense, tuple(gemms)
+
+    def first(self, x: Activations, routing: Routing) -> Tensor:
+        """Theirs."""
+        return self._gemms[0](x.tensors[0], self._dense[0], routing.offsets)
+
+    def second(self, x: Activations, routing: Routing) -> Tensor:
+        """Theirs."""
+        return self._gemms[1](x.tensors[0], self._dense[1], routing.offsets)
+
+
+def torch_gemm(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """torch._grouped_mm."""
+    return grouped_bf16(x, weights, offsets[1:])
+
+
+def torch_layer(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The layer in torch's operators around torch._grouped_mm; dense gate_up [E, 2 * I, H], down [E, H, I]."""
+    tokens, top_k = ids.shape
+    in_order, order = ids.flatten().sort(stable=True)
+    experts = torch.arange(gate_up.shape[0], device=ids.device)
+    ends = torch.searchsorted(in_order, experts, right=True).to(torch.int32)
+    gate, up = grouped_bf16(hidden[order // top_k], gate_up, ends).chunk(2, dim=1)
+    y = grouped_bf16(torch.nn.functional.silu(gate) * up, down, ends)
+    scattered = torch.empty_like(y)
+    scattered[order] = y
+    return (scattered.view(tokens, top_k, -1).float() * weights[..., None]).sum(1).to(torch.bfloat16)

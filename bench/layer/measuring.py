@@ -1,0 +1,242 @@
+"""Each cell's layers in one run, interleaved, on the same tokens and routing; L2 is cold of weights.
+
+A layer's values are checked before its time counts: ours against the same layer in torch's operators, the others
+against our bf16 layer. Then rounds: in each, every layer is timed once (kernel_gen.timing), so that a clock that falls
+falls on all; a latency is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bench.layer.allocations import BF16, Allocation
+from bench.layer.cells import COLUMNS, Cell
+from bench.layer.contenders import Context, Entry, Variant, configs_of, launches_of, others, ours
+from bench.layer.tuning import TunedLibrary, spec_of
+from bench.layer.weights import LayerWeights
+from kernel_gen.kernels import KernelSpec
+from kernel_gen.measure import LaunchError
+from kernel_gen.timing import GpuClock, SampleRule, Timing, utc_now
+from profiles.atomic import replacing
+from profiles.errors import DataError, UserError
+from profiles.gpus import GpuSpec
+
+RULE = SampleRule(min_samples=10, max_samples=10)
+LARGEST_DIFFERENCE = 0.05
+"""Relative, in the Frobenius norm, between two ways to the same layer: 8-bit codes next to a boundary differ."""
+NUM_STREAMS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Device:
+    """What a run needs of a GPU. `failures`: what its libraries raise on purpose."""
+
+    gpu: GpuSpec
+    clock: GpuClock
+    library: TunedLibrary
+    l2_bytes: int
+    versions: Mapping[str, str]
+    failures: tuple[type[Exception], ...]
+
+
+def specs_needed(
+    cells: Sequence[Cell], allocations: Sequence[Allocation], gpu: GpuSpec, num_configs: int
+) -> list[KernelSpec]:
+    """Every GEMM kernel that the cells may run."""
+    found: dict[KernelSpec, None] = {}
+    for cell in cells:
+        counts = cell.counts()
+        for allocation in dict.fromkeys((BF16, *allocations)):
+            for linear, schemes, tokens in launches_of(allocation, cell, counts):
+                for config in configs_of(schemes, cell, linear, tokens, gpu, num_configs):
+                    found[spec_of(config, schemes, gpu, cell.shape.num_experts)] = None
+    return list(found)
+
+
+def measure(
+    cells: Sequence[Cell],
+    allocations: Sequence[Allocation],
+    device: Device,
+    path: Path,
+    *,
+    rounds: int,
+    num_configs: int,
+) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
+    """Measures the cells that the Parquet file lacks; a cell's rows are in the file when they are given.
+
+    Ends after a cell that lost the CUDA context: a second run goes on with the next. DataError: another kind of file.
+    """
+    rows: list[dict[str, Any]] = read_measured(path).to_dict("records") if path.exists() else []  # type: ignore[assignment]
+    done = {tuple(row[name] for name in COLUMNS) for row in rows}
+    weights: LayerWeights | None = None
+    for cell in cells:
+        if cell.key in done:
+            continue
+        if weights is None or weights.shape != cell.shape:
+            weights = None
+            _release()
+            weights = LayerWeights(cell.shape, "cuda")
+        found = measure_cell(cell, allocations, device, weights, rounds=rounds, num_configs=num_configs)
+        _release()
+        rows += found
+        with replacing(path) as temporary:
+            pd.DataFrame(rows).to_parquet(temporary, index=False)
+        yield cell, found
+        if any(row["context_lost"] for row in found):
+            return
+
+
+def measure_cell(
+    cell: Cell,
+    allocations: Sequence[Allocation],
+    device: Device,
+    weights: LayerWeights,
+    *,
+    rounds: int,
+    num_configs: int,
+) -> list[dict[str, Any]]:
+    """A row an entry."""
+    context = Context(
+        cell=cell,
+        given=cell.given("cuda"),
+        weights=weights,
+        library=device.library,
+        l2_bytes=device.l2_bytes,
+        num_configs=num_configs,
+        time_launches=device.clock.time_launches,
+        streams=_streams(),
+    )
+    rows: list[dict[str, Any]] = []
+    ready: list[Entry] = []
+    for name, make in _makers(context, allocations):
+        try:
+            for entry in make():
+                if problem := _check(entry):
+                    rows.append(_failure(cell, entry.allocation, entry.variant.value, problem, device))
+                else:
+                    ready.append(entry)
+        except device.failures as error:
+            rows.append(_failure(cell, *name, error, device))
+            if rows[-1]["context_lost"]:
+                return rows
+    return rows + _timed(cell, ready, device, rounds)
+
+
+def _streams() -> tuple[torch.cuda.Stream, ...]:
+    make: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
+    return tuple(make() for _ in range(NUM_STREAMS))
+
+
+def _makers(
+    context: Context, allocations: Sequence[Allocation]
+) -> Iterator[tuple[tuple[str, str], Callable[[], Iterator[Entry]]]]:
+    for allocation in dict.fromkeys((BF16, *allocations)):
+        yield (allocation.name, Variant.OURS.value), lambda allocation=allocation: ours(allocation, context)  # type: ignore[misc]
+    for make in others(context):
+        yield (BF16.name, make.__name__), lambda make=make: iter([make()])  # type: ignore[misc]
+
+
+def _check(entry: Entry) -> str | None:
+    """What is wrong with its values, if anything. Also warms up whatever compiles at the first call."""
+    for layer in entry.layers:
+        found = layer()
+    if entry.expected is None:
+        return None
+    expected = entry.expected().float()
+    assert isinstance(found, torch.Tensor)
+    difference = float((found.float() - expected).norm() / expected.norm())
+    return None if difference <= LARGEST_DIFFERENCE else f"its output is {difference:.3g} off, relative"
+
+
+def _timed(cell: Cell, ready: Sequence[Entry], device: Device, rounds: int) -> list[dict[str, Any]]:
+    """Rounds over all, each timed once a round."""
+    timings: dict[int, list[Timing]] = {index: [] for index in range(len(ready))}
+    failed: dict[int, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for index, entry in enumerate(ready):
+            if index in failed:
+                continue
+            try:
+                timings[index].append(device.clock.time_launches(entry.layers, RULE))  # type: ignore[arg-type]
+            except device.failures as error:
+                failed[index] = _failure(cell, entry.allocation, entry.variant.value, error, device)
+                if failed[index]["context_lost"]:
+                    return list(failed.values())
+    done = [_row(cell, ready[index], timings[index], device) for index in timings if index not in failed]
+    return [*failed.values(), *done]
+
+
+def _row(cell: Cell, entry: Entry, timings: Sequence[Timing], device: Device) -> dict[str, Any]:
+    medians = sorted(timing.median_us for timing in timings)
+    return {
+        **_base(cell, entry.allocation, entry.variant.value, device),
+        "group": entry.group.value,
+        "part": entry.part,
+        "configs": entry.configs,
+        "avg_bits": entry.avg_bits,
+        "status": "ok",
+        "error": "",
+        "context_lost": False,
+        "latency_us": statistics.median(medians),
+        "least_us": medians[0],
+        "most_us": medians[-1],
+        "num_samples": sum(timing.num_samples for timing in timings),
+        "sm_clock_mhz": statistics.median(timing.sm_clock_mhz for timing in timings),
+        "reference_ratio": statistics.median(timing.reference_ratio for timing in timings),
+    }
+
+
+def _failure(cell: Cell, allocation: str, variant: str, error: Exception | str, device: Device) -> dict[str, Any]:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return {
+        **_base(cell, allocation, variant, device),
+        **dict.fromkeys(("group", "part", "configs"), ""),
+        "avg_bits": math.nan,
+        "status": "wrong" if isinstance(error, str) else "failed",
+        "error": first if isinstance(error, str) else f"{type(error).__name__}: {first}",
+        "context_lost": isinstance(error, (torch.AcceleratorError, LaunchError)),
+        **dict.fromkeys(("latency_us", "least_us", "most_us", "sm_clock_mhz", "reference_ratio"), math.nan),
+        "num_samples": 0,
+    }
+
+
+def _base(cell: Cell, allocation: str, variant: str, device: Device) -> dict[str, Any]:
+    return {
+        **dict(zip(COLUMNS, cell.key, strict=True)),
+        "allocation": allocation,
+        "variant": variant,
+        "gpu": device.gpu.name,
+        "versions": json.dumps(dict(device.versions), sort_keys=True),
+        "timestamp": utc_now().isoformat(),
+    }
+
+
+def _release() -> None:
+    """Memory that only cycles still hold, too."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def read_measured(path: Path) -> pd.DataFrame:
+    """The rows of an earlier run. DataError: not such a file."""
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable file of measured layers ({error}); remove it") from error
+    missing = [name for name in (*COLUMNS, "allocation", "variant", "part", "latency_us") if name not in frame.columns]
+    if missing:
+        raise DataError(f"{path}: not a file of measured layers, it lacks {', '.join(missing)}; remove it")
+    return frame
+
+
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, UserError, ModuleNotFoundError)

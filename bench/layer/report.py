@@ -1,0 +1,175 @@
+"""Measured layers as Markdown: against the fastest bf16 layer, mixes against a launch a scheme, and their parts."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from bench.layer.allocations import ALLOCATIONS, BF16, MIX_BITS, Group
+from bench.layer.contenders import Variant
+
+DECODE_TOKENS = 64
+"""Up to here a load counts as decode."""
+DECODE_BAR, PREFILL_BAR = 3.4, 1.7
+
+
+def whole_layers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Layers that ran, each with `best_bf16_us`, the fastest bf16 layer of its cell, and `speedup` over it."""
+    whole = rows[(rows["status"] == "ok") & (rows["part"] == "")].copy()
+    keys = ["model", "tokens", "seed"]
+    bf16 = whole[whole["group"] == Group.BF16.value]
+    best = bf16.loc[bf16.groupby(keys)["latency_us"].idxmin(), [*keys, "latency_us", "variant"]]
+    best = best.rename(columns={"latency_us": "best_bf16_us", "variant": "best_bf16"})
+    whole = whole.merge(best, on=keys, validate="many_to_one")
+    whole["speedup"] = whole["best_bf16_us"] / whole["latency_us"]
+    return whole
+
+
+def against_split(whole: pd.DataFrame) -> pd.DataFrame:
+    """Mixes: one launch's time, a launch a scheme's, and how many times faster one is."""
+    mixed = whole[whole["group"] == Group.MIXED.value]
+    table = mixed.pivot_table(index=["model", "tokens", "allocation"], columns="variant", values="latency_us")
+    for variant in (Variant.PER_SCHEME, Variant.STREAMS):
+        if variant.value in table:
+            table[f"gain, {variant.value}"] = table[variant.value] / table[Variant.OURS.value]
+    return table.reset_index()
+
+
+def parts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Microseconds of each part: the layer up to it less the layer up to the part before."""
+    prefixes = rows[(rows["status"] == "ok") & rows["part"].str.startswith("up to ")].copy()
+    prefixes["part"] = prefixes["part"].str.removeprefix("up to ")
+    keys = ["model", "tokens", "allocation"]
+    found = []
+    for key, group in prefixes.groupby(keys, sort=False):
+        times = group.sort_values("latency_us").set_index("part")["latency_us"]
+        found.append(dict(zip(keys, key, strict=True)) | times.diff().fillna(times).to_dict() | {"layer": times.max()})
+    order = [*keys, "route", "gather", "gemm 1", "swiglu", "gemm 2", "combine", "layer"]
+    frame = pd.DataFrame(found)
+    return frame[[name for name in order if name in frame.columns]]
+
+
+def fusions(rows: pd.DataFrame) -> pd.DataFrame:
+    """How many times slower a layer is with one step left to torch's operators."""
+    done = rows[rows["status"] == "ok"]
+    keys = ["model", "tokens", "seed", "allocation"]
+    ours = done[(done["part"] == "") & (done["variant"] == Variant.OURS.value)][[*keys, "latency_us"]]
+    left = done[done["part"].str.startswith("without ")].merge(ours, on=keys, suffixes=("", "_all"))
+    left["slowdown"] = left["latency_us"] / left["latency_us_all"]
+    return left.pivot_table(index=["model", "tokens", "allocation"], columns="part", values="slowdown").reset_index()
+
+
+def headline(whole: pd.DataFrame) -> list[str]:
+    """The bars and what was reached."""
+    ours = whole[(whole["variant"] == Variant.OURS.value) & (whole["group"] == Group.MIXED.value)]
+    decode, prefill = ours[ours["tokens"] <= DECODE_TOKENS], ours[ours["tokens"] > DECODE_TOKENS]
+    eight = prefill[prefill["allocation"].str.contains("w4a8")]
+    lines = []
+    for name, frame, bar in (
+        (f"a mix of at most {MIX_BITS} bits, up to {DECODE_TOKENS} tokens", decode, DECODE_BAR),
+        ("a mix with 8-bit tokens, more tokens", eight, PREFILL_BAR),
+    ):
+        if frame.empty:
+            continue
+        best = frame.loc[frame.groupby(["model", "tokens"])["speedup"].idxmax()]
+        reached = int((best["speedup"] >= bar).sum())
+        speed = best["speedup"]
+        lines.append(
+            f"* {name}: the fastest mix of each cell is {speed.min():.2f} to {speed.max():.2f} times as fast as the "
+            f"fastest bf16 layer, median {speed.median():.2f}; the bar is {bar}, reached in {reached} of {len(best)} "
+            "cells."
+        )
+    split = against_split(whole)
+    for variant in (Variant.PER_SCHEME, Variant.STREAMS):
+        if (column := f"gain, {variant.value}") in split:
+            gains = split[column].dropna()
+            lines.append(
+                f"* one launch against {variant.value}: {gains.min():.2f} to {gains.max():.2f} times as fast, median "
+                f"{gains.median():.2f}; faster in {int((gains > 1).sum())} of {len(gains)} mixed layers."
+            )
+    return lines
+
+
+def markdown(rows: pd.DataFrame, *, command: str) -> str:
+    """The whole report."""
+    whole = whole_layers(rows)
+    text = [
+        "# Whole layers, measured",
+        "",
+        f"`{command}` on {', '.join(sorted(set(rows['gpu'])))}, {rows['timestamp'].min()[:16]} to "
+        f"{rows['timestamp'].max()[:16]} UTC; SM clock {whole['sm_clock_mhz'].min():.0f} to "
+        f"{whole['sm_clock_mhz'].max():.0f} MHz. Router's output in, layer's output out; graph replays, weights from "
+        "DRAM, all layers of a cell in one run, interleaved; the median of the rounds.",
+        "",
+        *headline(whole),
+        "",
+        "## Against the fastest bf16 layer",
+        "",
+        "Times in microseconds, then how many times as fast as the fastest bf16 layer (named) of that cell.",
+        "",
+        _speedups(whole),
+        "",
+        "## bf16 layers",
+        "",
+        _table(
+            whole[whole["group"] == Group.BF16.value]
+            .pivot_table(index=["model", "tokens"], columns="variant", values="latency_us")
+            .reset_index(),
+            1,
+        ),
+        "",
+        "## Mixes: one launch against a launch a scheme",
+        "",
+        _table(against_split(whole), 2),
+        "",
+        "## Parts of a layer",
+        "",
+        "Microseconds of each part, by difference: the layer up to it less the layer up to the part before.",
+        "",
+        _table(parts(rows), 1),
+        "",
+        "## Each fusion left out",
+        "",
+        "How many times slower the layer is with one step in torch's operators.",
+        "",
+        _table(fusions(rows), 2),
+        "",
+        *_failures(rows),
+    ]
+    return "\n".join(text)
+
+
+def _speedups(whole: pd.DataFrame) -> str:
+    ours = whole[whole["variant"] == Variant.OURS.value]
+    names = [item.name for item in ALLOCATIONS if item.name != BF16.name and (ours["allocation"] == item.name).any()]
+    lines = [f"| model | tokens | best bf16 | us | {' | '.join(names)} |", f"|{'---|' * (4 + len(names))}"]
+    for key, group in ours.groupby(["model", "tokens"], sort=False):
+        model, tokens = map(str, key)
+        found = {row.allocation: f"{row.latency_us:.1f} ({row.speedup:.2f})" for row in group.itertuples()}
+        cells = [found.get(name, "") for name in names]
+        first = group.iloc[0]
+        lines.append(
+            f"| {model} | {tokens} | {first['best_bf16']} | {first['best_bf16_us']:.1f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def _table(frame: pd.DataFrame, digits: int) -> str:
+    if frame.empty:
+        return "Nothing was measured."
+    lines = [f"| {' | '.join(map(str, frame.columns))} |", f"|{'---|' * len(frame.columns)}"]
+    for row in frame.itertuples(index=False):
+        cells = [
+            ("" if pd.isna(cell) else f"{cell:.{digits}f}") if isinstance(cell, float) else str(cell) for cell in row
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _failures(rows: pd.DataFrame) -> list[str]:
+    failed = rows[rows["status"] != "ok"]
+    if failed.empty:
+        return []
+    lines = ["## What did not run", ""]
+    for row in failed.itertuples():
+        lines.append(f"* {row.model}, {row.tokens} tokens, {row.allocation}, {row.variant}: {row.error}")
+    return [*lines, ""]
