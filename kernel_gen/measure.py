@@ -23,11 +23,11 @@ import torch
 import tvm_ffi
 from torch import Tensor
 
-from kernel_gen.bundle import load_bundle
 from kernel_gen.experts import Experts
 from kernel_gen.formats import Expected, PackedWeights, check_output, expected_output, pack, quantize, unpack
 from kernel_gen.runtime import Activations, Kernel, prepare_activations
-from kernel_gen.sweeping.candidates import Candidate, Measurement, Workload, runs
+from kernel_gen.sweeping.candidates import Candidate, Measurement, Workload
+from kernel_gen.sweeping.shelf import Shelf
 from kernel_gen.timing import GpuClock, SampleRule
 from profiles.errors import SpecError
 from profiles.loads import TokenLoad
@@ -190,10 +190,12 @@ def rotated_members(experts: Sequence[int], load: TokenLoad, turn: int) -> list[
 
 
 class CudaDevice:
-    """torch's current CUDA device with a bundle's kernels; the `Device` of kernel_gen.sweeping.isolation."""
+    """torch's current CUDA device with the kernels of `bundles` (see `Shelf`); the `Device` of
+    kernel_gen.sweeping.isolation.
+    """
 
-    def __init__(self, bundle: Path, driver: str, rule: SampleRule | None = None) -> None:
-        self._bundle = load_bundle(bundle)
+    def __init__(self, bundles: Path, driver: str, rule: SampleRule | None = None) -> None:
+        self._shelf = Shelf(bundles)
         self._rule = rule or SampleRule()
         self._clock = GpuClock()
         self._l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -266,12 +268,8 @@ class CudaDevice:
         )
 
     def _kernel(self, candidate: Candidate) -> Kernel:
-        for built in self._bundle.kernels:
-            if built.spec.config == candidate.config and runs(
-                built.spec.schemes, built.spec.max_experts, candidate.workload
-            ):
-                return Kernel(built.spec, self._bundle.function(built), built.facts.ctas_per_sm)
-        raise SpecError(f"{self._bundle.path} has no kernel {candidate.config.name} for {candidate.workload.label}")
+        bundle, built = self._shelf.find(candidate)
+        return Kernel(built.spec, bundle.function(built), built.facts.ctas_per_sm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

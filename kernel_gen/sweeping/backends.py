@@ -119,6 +119,5 @@ def _predict_here(request: SweepRequest, cells: Sequence[Cell], *, live: bool) -
     if wanted and not can_compile():
         say("no compiler here, so build facts are estimates; pip install 'bitile[compile]' for real ones")
         wanted = []
-    with progress.phase("built", len(wanted), live=live) as bar:
-        built = compiled(wanted, request.gpu, bar.step)
+    built = compiled(wanted, request.gpu, lambda number: progress.phase("built", number, live=live))
     return predict(request, cells, built)

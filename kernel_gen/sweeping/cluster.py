@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from kernel_gen.build import silent
 from kernel_gen.bundle import MANIFEST_NAME
 from kernel_gen.sweeping.builds import can_compile, compiled
 from kernel_gen.sweeping.candidates import Candidate, Measurement
@@ -51,7 +52,7 @@ class CudaMaker:
         found = matching_gpus(gpus.gpu(self.gpu_name), installed)
         if not found:
             raise SpecError(f"{os.uname().nodename} has {describe(installed)}, not {self.gpu_name}")
-        return CudaFactory(uuid=found[0].uuid, driver=found[0].driver, bundle=bundle)
+        return CudaFactory(uuid=found[0].uuid, driver=found[0].driver, bundles=bundle)
 
 
 def connect(address: str) -> Any:
@@ -112,7 +113,7 @@ def predict_on(address: str, request: SweepRequest, cells: Sequence[Cell]) -> It
 def _predict_share(request: SweepRequest, cells: Sequence[Cell]) -> list[ProfileRecord]:
     """On a machine of the cluster, with one CPU."""
     wanted = wanted_builds(request, cells) if can_compile() else []
-    return list(predict(request, cells, compiled(wanted, request.gpu, lambda label: None, jobs=1)))
+    return list(predict(request, cells, compiled(wanted, request.gpu, silent, jobs=1)))
 
 
 class Actor:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from costmodel.analytic import launch_latency
+from kernel_gen.build import silent
+from kernel_gen.bundle import write_bundle
 from kernel_gen.cache import KernelCache
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort
 from kernel_gen.sweep import main
 from kernel_gen.sweeping.backends import Choice, sweep
-from kernel_gen.sweeping.builds import Built, build_bundle, can_compile, compiled
+from kernel_gen.sweeping.builds import Built, can_compile, compiled, compiled_and_gated
 from kernel_gen.sweeping.candidates import Measurement
 from kernel_gen.sweeping.plan import Mix, SweepRequest, plan
 from kernel_gen.sweeping.predict import BUILDS_PER_KERNEL, KEPT_PER_CELL, least_regret, predict, wanted_builds
@@ -102,7 +104,7 @@ def test_what_was_built_has_real_facts_and_the_rerun_compiles_nothing(
     cells = plan(asked)
     result = sweep(asked, cells, Choice(source=Source.PREDICTED))
     specs = wanted_builds(asked, cells)
-    built = compiled(specs, asked.gpu, lambda label: None)
+    built = compiled(specs, asked.gpu, silent)
     assert all(KernelCache(root=tmp_path / "cache").get(spec) for spec in specs)
     rows = ProfileStore(asked.out).records(status=Status.OK)
     real = rows[rows["kernel_fingerprint"] != ""]
@@ -137,7 +139,8 @@ def test_a_bundle_gives_its_kernels_and_facts(
     monkeypatch.setenv("BITILE_CACHE", str(tmp_path / "cache"))
     asked = request(tmp_path / "p.parquet", "w4a16_g128_sym")
     specs = wanted_builds(asked, plan(asked))[:2]
-    bundle = build_bundle(specs, asked.gpu, tmp_path / "bundle", lambda label: None)
+    gated = compiled_and_gated(specs, asked.gpu, silent)
+    bundle = write_bundle(tmp_path / "bundle", asked.gpu, gated.kept, gated.refused)
     words = ["--backend", "predict", "--bundle", str(bundle.path), "--model", "olmoe-1b-7b", "--tokens", "1,256"]
     assert main(["--gpu", "rtx4090", *words, "--out", str(asked.out)]) == 0
     rows = ProfileStore(asked.out).records()
