@@ -123,45 +123,38 @@ class WgmmaMainloop:
         elif const_expr(self.folded):
             zeros = self.fold_channel(feature_tile, index, slot_at, units, blocks)
             ones = thread_mma.make_fragment_A(mma.partition_shape_A((64 * self.groups, facts.k_tile)))
-            cute.recast_tensor(ones, Int32).fill(BF16_ONE)
+            ones_words = cute.recast_tensor(ones, Int32)
+            for r in cutlass.range_constexpr(4):
+                # Pinned: constants would be made anew, in registers that a running wgmma still reads.
+                ones_words[(0, r % 2, r // 2), 0, 0] = ptx.pinned(BF16_ONE)
             token_sums = cute.make_rmem_tensor(mma.partition_shape_C((64 * self.groups, self.tile_n)), Float32)
             total = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), Float32)
             total.fill(0.0)
             cute.arch.mbarrier_wait(barriers + stage, phase)
             at_w = start + arrays.weights + stage * arrays.weights_stage
             self.decode(fragments, state, 0, at_w, at_w, blocks)
+            ring = (start, arrays, barriers, num_stages)
+            products = (a, b, fragments, state, ones, acc, token_sums)
             before = stage
-            for kt in cutlass.range(k_tiles, unroll=1):
-                at_s = start + arrays.strips + stage * arrays.strips_stage
-                after = stage + 1
-                after_phase = phase
-                if after == num_stages:
-                    after = Int32(0)
-                    after_phase = phase ^ 1
-                for ks in cutlass.range_constexpr(K_STEPS):
-                    if const_expr(ks == K_STEPS - 1):
-                        if kt + 1 < k_tiles:
-                            cute.arch.mbarrier_wait(barriers + after, after_phase)
-                        at_w = start + arrays.weights + after * arrays.weights_stage
-                    self.decode(fragments, state, (ks + 1) % K_STEPS, at_w, at_w, blocks)
-                    warpgroup.fence()
-                    if const_expr(ks == 0):
-                        add.set(warpgroup.Field.ACCUMULATE, kt % FOLDED_K_TILES != 0)
-                    else:
-                        add.set(warpgroup.Field.ACCUMULATE, True)
-                    cute.gemm(add, token_sums, ones[None, None, 0], b[None, None, ks, stage], token_sums)
-                    cute.gemm(add, acc, a[None, None, ks], b[None, None, ks, stage], acc)
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(2)
-                    if const_expr(ks == 1):
-                        if kt > 0:
-                            self.release(barriers + num_stages + before)
-                if kt % FOLDED_K_TILES == FOLDED_K_TILES - 1 or kt + 1 == k_tiles:
-                    warpgroup.wait_group(0)
-                    self.fold(total, acc, token_sums, zeros, at_s, blocks)
-                before = stage
-                stage = after
-                phase = after_phase
+            here = stage
+            for pair in cutlass.range(k_tiles // 2, unroll=1):
+                more = pair * 2 + 2 < k_tiles
+                here = stage
+                stage, phase = self.fold_tile(ring, products, mma, blocks, stage, phase, before, True, True, pair > 0)
+                before = here
+                here = stage
+                stage, phase = self.fold_tile(ring, products, mma, blocks, stage, phase, before, False, more, True)
+                before = here
+                warpgroup.wait_group(0)
+                self.fold(total, acc, token_sums, zeros, start + arrays.strips + here * arrays.strips_stage, blocks)
+            if k_tiles % 2 == 1:
+                here = stage
+                stage, phase = self.fold_tile(
+                    ring, products, mma, blocks, stage, phase, before, True, False, k_tiles > 1
+                )
+                before = here
+                warpgroup.wait_group(0)
+                self.fold(total, acc, token_sums, zeros, start + arrays.strips + here * arrays.strips_stage, blocks)
             self.release(barriers + num_stages + before)
             acc = total
         else:
@@ -291,6 +284,42 @@ class WgmmaMainloop:
                 above = Float32(128.0 + 2.0 ** (self.facts.weight_bits - 1))
                 out.append((above, above))
         return out
+
+    @cute.jit
+    def fold_tile(
+        self, ring, products, mma, blocks, stage, phase, before, is_first: cutlass.Constexpr, more, release_before
+    ):
+        """Multiply the k-tile in `stage`, decode the first fragment of the next if there are more, release the stage
+        before. Returns the ring's next stage and phase.
+        """
+        start, arrays, barriers, num_stages = ring
+        a, b, fragments, state, ones, acc, token_sums = products
+        begin = cute.make_mma_atom(mma.op)
+        begin.set(warpgroup.Field.ACCUMULATE, False)
+        add = cute.make_mma_atom(mma.op)
+        add.set(warpgroup.Field.ACCUMULATE, True)
+        after = stage + 1
+        after_phase = phase
+        if after == num_stages:
+            after = Int32(0)
+            after_phase = phase ^ 1
+        at_w = start + arrays.weights + stage * arrays.weights_stage
+        for ks in cutlass.range_constexpr(K_STEPS):
+            if const_expr(ks == K_STEPS - 1):
+                if more:
+                    cute.arch.mbarrier_wait(barriers + after, after_phase)
+                at_w = start + arrays.weights + after * arrays.weights_stage
+            self.decode(fragments, state, (ks + 1) % K_STEPS, at_w, at_w, blocks)
+            warpgroup.fence()
+            atom = begin if const_expr(is_first and ks == 0) else add
+            cute.gemm(atom, token_sums, ones[None, None, 0], b[None, None, ks, stage], token_sums)
+            cute.gemm(atom, acc, a[None, None, ks], b[None, None, ks, stage], acc)
+            warpgroup.commit_group()
+            warpgroup.wait_group(2)
+            if const_expr(ks == 1):
+                if release_before:
+                    self.release(barriers + num_stages + before)
+        return after, after_phase
 
     @cute.jit
     def fold(self, total, sums, token_sums, zeros, at_s, blocks):
