@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
 
-from costmodel.features import FEATURES, INDEX, KINDS, Kind
+from costmodel.columns import FEATURES, INDEX, KINDS, Kind
 from costmodel.forest import Boosting
 
 Array = npt.NDArray[np.float64]

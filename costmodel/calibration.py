@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from costmodel.blocks import for_blocks
-from costmodel.features import CORE, INDEX, PARTS
+from costmodel.columns import CORE, INDEX, PARTS
 from profiles.gpus import Math
 
 Array = npt.NDArray[np.float64]

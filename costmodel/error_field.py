@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import solve_triangular
 
-from costmodel.features import INDEX
+from costmodel.columns import INDEX
 
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.intp]

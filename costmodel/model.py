@@ -23,8 +23,8 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from costmodel.calibration import CalibratedCore
+from costmodel.columns import FEATURES, INDEX, KINDS, Kind
 from costmodel.conformal import Conformal
-from costmodel.features import FEATURES, INDEX, KINDS, Kind
 from costmodel.forest import Boosting, Forest
 from profiles.gpus import Math
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from costmodel.analytic import model_version
 from costmodel.calibration import FACTORS, CalibratedCore
+from costmodel.columns import FEATURES
 from costmodel.conformal import POOLED, Conformal
-from costmodel.features import FEATURES
 from costmodel.forest import Forest
 from costmodel.model import LatencyModel
 from profiles.atomic import replacing

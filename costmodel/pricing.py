@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from costmodel.features import Kernels, KernelUse, as_frame
+from costmodel.features import Kernels, as_frame
+from costmodel.kernel_use import KernelUse
 from costmodel.model import LatencyModel
 from costmodel.model_file import FittedModel
 from costmodel.table import CostTable, fastest

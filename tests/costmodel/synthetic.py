@@ -12,7 +12,7 @@ import pandas as pd
 
 from costmodel.analytic import launch_latencies
 from costmodel.constants import AnalyticConstants
-from costmodel.features import nominal_facts
+from costmodel.kernel_use import nominal_facts
 from costmodel.launches import Launch
 from profiles import kernels, loads, schemes
 from profiles.gpus import gpu as find_gpu

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from costmodel import features, fit, model_file, pricing
 from costmodel.analytic import launch_latencies
-from costmodel.features import FEATURES, KINDS, Kernels, KernelUse, Kind
+from costmodel.columns import FEATURES, KINDS, PARTS, Kind
+from costmodel.features import Kernels
+from costmodel.kernel_use import KernelUse, nominal_facts
 from costmodel.model import LatencyModel
 from costmodel.model_file import FittedModel
 from profiles import kernels, models, schemes
@@ -134,9 +136,22 @@ def test_features_are_the_cores(rows: pd.DataFrame) -> None:
     for name in ("latency_us", "dram_us", "makespan_us", "roofline_us", "waves"):
         np.testing.assert_allclose(X[name], core[name], rtol=1e-5)
     uniform = np.asarray([len(names) == 1 for names in some["schemes"]])
-    for name in features.PARTS:
+    for name in PARTS:
         np.testing.assert_allclose(X[name][uniform], core[name][uniform], rtol=1e-5)
     pd.testing.assert_frame_equal(features.of_launches(H200, launches), X.reset_index(drop=True))
+
+
+def test_occupancy_is_the_builds_where_it_is_known(rows: pd.DataFrame) -> None:
+    some = rows.iloc[:3].reset_index(drop=True)
+    asked = [kernels.parse(name).min_ctas_per_sm for name in some["config"]]
+    some["versions"] = pd.Series([{"ctas_per_sm": "7"}, {}, {"torch": "2.11"}])
+    assert features.of_profile(some)["ctas_per_sm"].tolist() == [7, *asked[1:]]
+    some["kernel_fingerprint"] = ["a", "b", "c"]
+    built = {"a": nominal_facts(kernels.parse(some["config"][0]), ctas_per_sm=5)}
+    assert features.of_profile(some, built)["ctas_per_sm"].tolist() == [5, *asked[1:]]
+    some["versions"] = pd.Series([{}, {}, {"ctas_per_sm": "0"}])
+    with pytest.raises(DataError, match="ctas_per_sm is '0'"):
+        features.of_profile(some)
 
 
 def test_file_round_trip(fitted: FittedModel, rows: pd.DataFrame, tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""The columns of the feature matrix, computed: those that tokens decide from the analytic core, and those that they do
+not from the kernel and its schemes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from costmodel.analytic import BREAKDOWN_COLUMNS, solve
+from costmodel.columns import CORE, PARTS
+from costmodel.kernel_use import KernelUse
+from costmodel.launches import LaunchTable
+from profiles.gpus import GpuSpec, Math
+from profiles.kernels import Family, Raster
+from profiles.schemes import QuantScheme
+
+Array = npt.NDArray[np.float64]
+
+
+def token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
+    """The columns that tokens decide."""
+    solved = dict(zip(BREAKDOWN_COLUMNS, solve(gpu, table).to_numpy().T, strict=True))
+    columns = {name: solved[name] for name in (*CORE, "makespan_us", "roofline_us", "waves")}
+    mixed = np.flatnonzero(table.used.sum(axis=1) > 1)
+    if len(mixed):
+        for name, values in _mixed_parts(gpu, _rows(table, mixed)).items():
+            columns[name] = columns[name].copy()
+            columns[name][mixed] = values
+    tiles, tokens = table.num_tiles.sum(axis=1), table.num_tokens.sum(axis=1)
+    active = table.num_active.sum(axis=1)
+    largest = (table.max_tokens * (table.num_token_tiles > 0)).max(axis=1)
+    rounds = np.ceil(columns["waves"])
+    mean_tokens = tokens / np.maximum(active, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tile_fill = np.where(table.num_tiles > 0, table.num_tokens / table.num_token_tiles, 0.0).max(axis=1)
+    return {
+        **columns,
+        "rounds": rounds,
+        "tiles_per_sm": np.ceil(tiles / gpu.num_sms),
+        "largest_expert_tiles": largest,
+        "num_active": active,
+        "tail": np.where(rounds > 0, 1.0 - columns["waves"] / np.maximum(rounds, 1.0), 0.0),
+        "padding": solved["padding"],
+        "bytes_per_roofline": columns["dram_us"] / np.maximum(columns["roofline_us"], 1e-3),
+        "makespan_per_dram": columns["makespan_us"] / np.maximum(columns["dram_us"], 1e-3),
+        "imbalance": np.where(active > 0, largest / np.maximum(mean_tokens, 1.0), tile_fill),
+        "num_tokens": tokens,
+        "num_experts": table.num_experts,
+    }
+
+
+def _mixed_parts(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
+    """`PARTS` of launches with several schemes: each resource's makespan with its own slowest tiles first.
+
+    The core orders tiles by their whole time, and then one resource's part may fall when a slot that needs less of it
+    gets more tiles; in its own order it cannot. For one scheme both are the same.
+    """
+    rows, slots = table.used.shape
+    resident = gpu.num_sms * table.ctas_per_sm
+    total = table.num_tiles.sum(axis=1)
+    rounds = np.floor(total / resident)
+    rest = total - rounds * resident
+    one_round = _each_slot(table, np.broadcast_to(resident[:, None], (rows, slots)))
+    last_round = _each_slot(table, np.broadcast_to(np.maximum(rest, 1.0)[:, None], (rows, slots)))
+    full, last = solve(gpu, one_round), solve(gpu, last_round)
+    found = {}
+    for name in PARTS:
+        cost = full[name].to_numpy().reshape(rows, slots)
+        order = np.argsort(-np.where(table.num_tiles > 0, cost, -1.0), axis=1, kind="stable")
+        ends = np.cumsum(np.take_along_axis(table.num_tiles, order, axis=1), axis=1)
+        begins = ends - np.take_along_axis(table.num_tiles, order, axis=1)
+
+        def first_of_rounds(edge: Array) -> Array:
+            """Rounds whose first tile lies before this edge of the sorted list."""
+            return np.asarray(np.minimum(np.ceil(edge / resident[:, None]), rounds[:, None]), dtype=np.float64)
+
+        starts_last = (rounds * resident)[:, None]
+        holds_last = (begins <= starts_last) & (starts_last < ends) & (rest > 0)[:, None]
+        of_last = np.take_along_axis(last[name].to_numpy().reshape(rows, slots), order, axis=1)
+        of_full = np.take_along_axis(cost, order, axis=1)
+        found[name] = (of_full * (first_of_rounds(ends) - first_of_rounds(begins)) + of_last * holds_last).sum(axis=1)
+    return found
+
+
+def _each_slot(table: LaunchTable, num_tiles: Array) -> LaunchTable:
+    """[R, S] as R * S launches of one slot, each with the given number of tiles."""
+    rows, slots = table.used.shape
+    columns = {}
+    for field in dataclasses.fields(table):
+        values = getattr(table, field.name)
+        columns[field.name] = values.reshape(-1, 1) if values.ndim == 2 else np.repeat(values, slots)
+    # An unused slot has no costs; one k-tile of one MMA keeps its numbers finite, and its zero tiles keep them out.
+    columns["num_tiles"] = np.ascontiguousarray(num_tiles).reshape(rows * slots, 1)
+    return LaunchTable(**columns)
+
+
+def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -> dict[str, Array]:
+    """The columns that tokens do not decide, one entry per kernel; means over slots go by their share of experts."""
+    by_slot = [_shares(use.schemes) for use in uses]
+    share = np.zeros(table.used.shape)
+    for row, slots in enumerate(by_slot):
+        share[row, : len(slots)] = list(slots.values())
+
+    def mean(values: Array) -> Array:
+        return np.asarray((share * values).sum(axis=1), dtype=np.float64)
+
+    def of_scheme(value: Mapping[QuantScheme, float]) -> Array:
+        return np.asarray([sum(part * value[s] for s, part in slots.items()) for slots in by_slot], dtype=np.float64)
+
+    every = {scheme for slots in by_slot for scheme in slots}
+    mmas = np.where(table.used, table.k_tile_mmas, 1.0)
+    configs = [use.config for use in uses]
+    rows_of_tile = np.asarray([config.tile.m for config in configs], dtype=np.float64)
+    columns = {
+        "tile_m": rows_of_tile,
+        "tile_n": [config.tile.n for config in configs],
+        "warps_m": [config.warps.m for config in configs],
+        "warps_n": [config.warps.n for config in configs],
+        "num_stages": [config.num_stages for config in configs],
+        "ctas_per_sm": [use.ctas_per_sm for use in uses],
+        "is_wgmma": [config.family is Family.WGMMA for config in configs],
+        "is_along_features": [config.raster is Raster.ALONG_FEATURES for config in configs],
+        "num_slots": [len(slots) for slots in by_slot],
+        "weight_bits": of_scheme({scheme: scheme.weight_bits for scheme in every}),
+        "least_weight_bits": [min(scheme.weight_bits for scheme in slots) for slots in by_slot],
+        "most_weight_bits": [max(scheme.weight_bits for scheme in slots) for slots in by_slot],
+        "grouped_share": of_scheme({scheme: float(scheme.group_size != -1) for scheme in every}),
+        "zero_point_share": of_scheme({scheme: float(not scheme.is_symmetric) for scheme in every}),
+        **{f"{math.value}_share": of_scheme({scheme: float(scheme.math is math) for scheme in every}) for math in Math},
+        "k_tiles": mean(table.num_k_tiles),
+        "feature_tiles": table.num_feature_tiles,
+        "feature_padding": table.num_feature_tiles * rows_of_tile / table.n,
+        "instructions_per_mma": mean(table.k_tile_instructions / mmas),
+        "smem_bytes_per_mma": mean(table.k_tile_smem_bytes / mmas),
+        "bytes_per_mma": mean(table.k_tile_bytes / mmas),
+        "mmas_per_k_step_of_a_warp": mean(table.mmas_per_k_step_of_a_warp),
+        "stage_bytes": table.k_tile_bytes.max(axis=1),
+        "expert_bytes_per_l2": mean(table.expert_weight_bytes) / gpu.l2_bytes,
+        "n": table.n,
+        "k": table.k,
+    }
+    return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+
+
+def _shares(schemes: tuple[QuantScheme, ...]) -> dict[QuantScheme, float]:
+    """Each distinct scheme's share of the experts, in the order of `Launch.slots`."""
+    shares: dict[QuantScheme, float] = {}
+    for scheme in schemes:
+        shares[scheme] = shares.get(scheme, 0.0) + 1.0 / len(schemes)
+    return shares
+
+
+def _rows(table: LaunchTable, rows: npt.NDArray[np.intp]) -> LaunchTable:
+    return LaunchTable(**{field.name: getattr(table, field.name)[rows] for field in dataclasses.fields(table)})
