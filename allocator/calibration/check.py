@@ -16,6 +16,8 @@ from allocator.sensitivity import SCHEMA_VERSION, Sensitivity
 from profiles.errors import DataError, SpecError
 
 LEAST_ALLOCATIONS = 10
+STREAM_BYTES = 4 << 30
+"""Of hidden states, a layer's inputs and outputs counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class CheckOptions:
         number: allocations of the range.
         equal: budgets of which each gets a group of allocations of equal average bits.
         number_equal: allocations of each of those.
-        at_once: allocations in memory together.
+        at_once: allocations in memory together; None: as many as have hidden states of STREAM_BYTES.
         seed: of the drawing and of the folds.
     """
 
@@ -36,14 +38,16 @@ class CheckOptions:
     number: int = 100
     equal: tuple[float, ...] = ()
     number_equal: int = 40
-    at_once: int = 64
+    at_once: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise SpecError(f"average bits from {self.low} to {self.high}: the first must be less")
-        if self.number < LEAST_ALLOCATIONS or self.number_equal < LEAST_ALLOCATIONS or self.at_once < 1:
+        if self.number < LEAST_ALLOCATIONS or self.number_equal < LEAST_ALLOCATIONS:
             raise SpecError(f"a rank correlation needs at least {LEAST_ALLOCATIONS} allocations")
+        if self.at_once is not None and self.at_once < 1:
+            raise SpecError(f"{self.at_once} allocations at once: at least 1 is needed")
 
 
 def check_additivity(
@@ -67,8 +71,10 @@ def check_additivity(
     blocks = Blocks.of(sensitivity, model.shape)
     choices, groups = draw(blocks, options)
     kl, perplexity, exact = [], [], 0.0
-    for first in range(0, len(choices), options.at_once):
-        some = choices[first : first + options.at_once]
+    each = 2 * held_out.tokens.numel() * model.shape.hidden_size * model.dtype.itemsize
+    at_once = options.at_once or max(1, STREAM_BYTES // each)
+    for first in range(0, len(choices), at_once):
+        some = choices[first : first + at_once]
         if progress is not None:
             progress(f"allocations {first + 1} to {first + len(some)} of {len(choices)}")
         found = measure_allocations(

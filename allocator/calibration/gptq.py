@@ -68,9 +68,8 @@ def gptq(weights: Tensor, moments: Tensor, starts: Sequence[QuantizedWeights], f
     """
     best, least, is_start = starts[0], row_objective(weights, starts[0], moments), None
     nearest = least
-    for start in starts:
-        rounded = replace(start, codes=_codes(weights.float(), start, factors))
-        for candidate, plain in ((start, True), (rounded, False)):
+    for start, codes in zip(starts, _codes(weights.float(), starts, factors), strict=True):
+        for candidate, plain in ((start, True), (replace(start, codes=codes), False)):
             errors = row_objective(weights, candidate, moments)
             better = errors < least
             best = choose(better.unsqueeze(-1), candidate, best)
@@ -130,13 +129,16 @@ def _inverse_factor(h: Tensor, added: float) -> Tensor | None:
     return None if int(failed) or not bool(upper.isfinite().all()) else upper
 
 
-def _codes(weights: Tensor, start: QuantizedWeights, factors: Factors) -> Tensor:
-    """Codes of all columns, in the weights' own order of columns."""
+def _codes(weights: Tensor, starts: Sequence[QuantizedWeights], factors: Factors) -> tuple[Tensor, ...]:
+    """Codes of all columns on each start's grid, in the weights' own order of columns. Grids are taken side by side, as
+    if each made more rows: a column's steps are many and small.
+    """
+    weights = torch.cat([weights] * len(starts), dim=1)
     experts, n, k = weights.shape
     upper, order = factors.upper, factors.order
     gather = order.unsqueeze(2).expand(experts, k, n)
     work = weights.mT.gather(1, gather)  # [E, K, N]: a column's weights lie side by side
-    rounder = _Rounder(start)
+    rounder = _Rounder(starts)
     codes = torch.empty_like(work, dtype=torch.uint8)
     for first in range(0, k, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, k)
@@ -150,21 +152,22 @@ def _codes(weights: Tensor, start: QuantizedWeights, factors: Factors) -> Tensor
             error = torch.sub(column, value, out=errors[:, j]).div_(inner[:, j, j, None])
             block[:, j + 1 :].baddbmm_(inner[:, j, j + 1 :].unsqueeze(2), error.unsqueeze(1), alpha=-1)
         work[:, last:].baddbmm_(upper[:, first:last, last:].mT, errors, alpha=-1)
-    back = torch.empty_like(codes).scatter_(1, gather, codes).mT.contiguous()
-    return back.view(start.codes.dtype)
+    back = torch.empty_like(codes).scatter_(1, gather, codes).mT.contiguous().view(starts[0].codes.dtype)
+    return torch.split(back, n // len(starts), dim=1)
 
 
 class _Rounder:
-    """Columns in an order of their own, each on its group's grid."""
+    """Columns in an order of their own, each on its group's grid; all starts are of one scheme."""
 
-    def __init__(self, start: QuantizedWeights) -> None:
+    def __init__(self, starts: Sequence[QuantizedWeights]) -> None:
+        start = starts[0]
         spec = start.scheme.weights
         assert spec is not None
-        assert start.scales is not None
         self._is_float = spec.type is NumericType.FLOAT
         self._group = spec.group_size or start.codes.shape[-1]
-        self._scales = start.scales.float().mT
-        self._zeros = None if start.zeros is None else start.zeros.float().mT
+        scales, zeros = (_side_by_side(parts) for parts in zip(*((s.scales, s.zeros) for s in starts), strict=True))
+        assert scales is not None
+        self._scales, self._zeros = scales, zeros
         self._middle = float(1 << (spec.num_bits - 1))
         self._lowest, self._highest = lowest_code(start.scheme), (1 << spec.num_bits) - 1
 
@@ -181,3 +184,9 @@ class _Rounder:
         middle = self._middle if zero is None else zero
         step = (column / scale).round_().add_(middle).clamp_(self._lowest, self._highest)
         return step.to(torch.uint8), step.sub_(middle).mul_(scale)
+
+
+def _side_by_side(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Scales or zero points [E, N, groups] of each start as float32 [E, groups, all N]; None where there are none."""
+    present = [part.float().mT for part in parts if part is not None]
+    return torch.cat(present, dim=2) if present else None

@@ -219,7 +219,7 @@ def turns(group: ExpertGroup, num_schemes: int, memory_bytes: int | None = None)
     """
     up, down = group.experts.base[Linear.GATE_UP].weights, group.experts.base[Linear.DOWN].weights
     largest = max(up[0].numel(), down[0].numel())
-    each = 4 * (largest * (num_schemes + 8) + 4 * max(up.shape[2], down.shape[2]) ** 2)
+    each = 4 * (largest * (num_schemes + 12) + 4 * max(up.shape[2], down.shape[2]) ** 2)
     size = max(1, (memory_bytes or _free_bytes(up.device)) // each)
     for first in range(0, group.experts.num_experts, size):
         yield range(first, min(first + size, group.experts.num_experts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from allocator.calibration.additivity import Additivity, Correction
 
@@ -27,10 +28,12 @@ def figure(found: Additivity, title: str) -> Figure:
             predicted[rows], found.measured_kl[rows], c=found.avg_bits[rows], s=14, cmap="viridis",
             vmin=found.avg_bits.min(), vmax=found.avg_bits.max(),
         )  # fmt: skip
-        panel.set(
-            xscale="log", yscale="log", title=f"{name}: {len(rows)} allocations, Spearman {correlations[name]:.3f}"
-        )
-        panel.set_xlabel("predicted loss")
+        panel.set(xscale="log", yscale="log", xlabel="predicted loss")
+        panel.set_title(f"{name}: {len(rows)} allocations\nSpearman {correlations[name]:.3f}", fontsize="medium")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(5))
+            axis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+            axis.set_minor_locator(NullLocator())
         panel.legend(loc="upper left", frameon=False)
     panels[0].set_ylabel("measured KL on held-out text, nats a token")
     if points is not None:
