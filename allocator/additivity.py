@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from allocator import command
 from allocator.sensitivity import Sensitivity
+from profiles import schemes
 from profiles.errors import SpecError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> command.Outcome:
         number_equal=arguments.equal_allocations,
         seed=arguments.seed,
     )
-    sensitivity = Sensitivity.read(arguments.sensitivity)
+    sensitivity = _of_schemes(Sensitivity.read(arguments.sensitivity), arguments.schemes)
     model = command.open_model(arguments)
     held_out, calibration = (command.open_data(arguments, model, file) for file in (arguments.held_out, arguments.data))
     quantizer = Quantizer(method=Method(arguments.method), clip=not arguments.no_clip, rotate=arguments.rotate)
@@ -59,6 +60,18 @@ def _run(arguments: argparse.Namespace) -> command.Outcome:
     command.write_json(arguments.out, found.report())
     picture.write(scatter.figure(found, f"{sensitivity.model}, {sensitivity.metric}"), plot)
     return command.Outcome(summary=found.report(), text=report(found, arguments.out, plot))
+
+
+def _of_schemes(sensitivity: Sensitivity, names: str | None) -> Sensitivity:
+    """Some schemes of a sensitivity; None: all. SpecError: it has none such."""
+    if names is None:
+        return sensitivity
+    wanted = [schemes.parse(name) for name in names.split(",")]
+    absent = [scheme.name for scheme in wanted if scheme not in sensitivity.schemes]
+    if absent:
+        raise SpecError(f"--schemes: the sensitivity has no {', '.join(absent)}")
+    frame = sensitivity.frame()
+    return Sensitivity(frame[frame["scheme"].isin([scheme.name for scheme in wanted])])
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -99,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", required=True, type=Path, metavar="FILE", help="data to measure on")
     parser.add_argument("--sensitivity", required=True, type=Path, metavar="FILE", help="losses, Parquet")
     parser.add_argument("--bits", required=True, metavar="LOW-HIGH", help="range of average bits, such as 2.5-4.5")
+    parser.add_argument("--schemes", metavar="A,B", help="only these of the sensitivity's (default: all)")
     parser.add_argument("--allocations", type=int, default=100, metavar="N", help="of the range (default: %(default)s)")
     parser.add_argument(
         "--equal-bits", type=float, action="append", default=[], metavar="BITS", help="allocations of one size too"

@@ -201,6 +201,15 @@ def test_the_command(
     assert "Spearman with measured KL" in capsys.readouterr().out
     content = json.loads((tmp_path / "report.json").read_text())
     assert len(content["measured_kl"]) == 12
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    names = [scheme.name for scheme in sensitivity.schemes]
+    assert command.main([*arguments, "--schemes", ",".join(names), "--json", "--plot", str(tmp_path / "p.svg")]) == 0
+    assert json.loads(capsys.readouterr().out)["measured_kl"] == content["measured_kl"]
+    assert "Spearman" in (tmp_path / "p.svg").read_text()
+    assert command.main([*arguments, "--schemes", names[0]]) == 2
+    assert "average bits: these schemes reach" in capsys.readouterr().err
+    assert command.main([*arguments, "--schemes", "w8a8_g-1_sym_e4m3"]) == 2
+    assert "the sensitivity has no w8a8_g-1_sym_e4m3" in capsys.readouterr().err
     assert set(content["spearman"]) == {correction.value for correction in Correction}
     assert command.main([*arguments[:8], "--bits", "3", "--out", str(tmp_path / "x.json")]) == 2
     assert "--bits 3: it is LOW-HIGH" in capsys.readouterr().err
