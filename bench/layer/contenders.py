@@ -143,6 +143,8 @@ def ours(allocation: Allocation, context: Context) -> Iterator[Entry]:
         for fusion in Fusion:
             left = [MoELayer(*pair, library=library, fusions=Fusion.ALL & ~fusion) for pair in sets]
             yield entry(Variant.OURS, left, part=f"without {str(fusion.name).lower()}")
+        apart = [OneLaunch(*pair, library, overlap=False) for pair in sets]
+        yield entry(Variant.OURS, apart, part="without overlap")
         stepped = [OneLaunch(*pair, library).prefixes(*given.tensors) for pair in sets]
         for part in stepped[0]:
             yield Entry(

@@ -22,9 +22,9 @@ Gemm = Callable[[Tensor, Tensor, Tensor], Tensor]
 class SteppedLayer:
     """Our fused steps around any two GEMMs."""
 
-    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary) -> None:
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool | None = None) -> None:
         self.gate_up, self.down = gate_up, down
-        self.steps = FusedSteps(gate_up, down, library)
+        self.steps = FusedSteps(gate_up, down, library, overlap=overlap)
 
     def first(self, x: Activations, routing: Routing) -> Tensor:
         """[rows, 2 * I]."""
@@ -75,8 +75,8 @@ class SteppedLayer:
 class OneLaunch(SteppedLayer):
     """MoELayer with all fusions, part by part."""
 
-    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary) -> None:
-        super().__init__(gate_up, down, library)
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool | None = None) -> None:
+        super().__init__(gate_up, down, library, overlap=overlap)
         self._library = library
 
     def first(self, x: Activations, routing: Routing) -> Tensor:

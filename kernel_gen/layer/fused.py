@@ -22,6 +22,7 @@ from kernel_gen.kernels.steps.spec import (
     GatherSpec,
     PlaceSpec,
     SwigluSpec,
+    can_overlap,
     row_shape,
 )
 from kernel_gen.layer.routing import Routing, kinds_of
@@ -43,10 +44,12 @@ class FusedSteps:
     Args:
         gate_up, down: the layer's experts.
         library: where kernels come from.
+        overlap: launch each step while the kernel before it ends; by default where the GPU can.
     """
 
-    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary) -> None:
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool | None = None) -> None:
         self._library, self._arch, self._device = library, library.gpu.arch, gate_up.device
+        self._overlap = can_overlap(self._arch) if overlap is None else overlap
         self._num_experts = gate_up.num_experts
         if self._num_experts > MAX_EXPERTS:
             raise UnsupportedError("the fused steps", [f"{self._num_experts} experts, at most {MAX_EXPERTS}"])
@@ -72,8 +75,10 @@ class FusedSteps:
         positions, offsets = self._empty(*expert_ids.shape), self._empty(self._num_experts + 1)
         bits = 8 * ids.element_size()
         with torch.cuda.device(self._device):
-            self._library.step(CountSpec(arch=self._arch, id_bits=bits))(ids, counts.data_ptr(), self._num_experts)
-            self._library.step(PlaceSpec(arch=self._arch, id_bits=bits))(
+            self._library.step(CountSpec(arch=self._arch, overlap=self._overlap, id_bits=bits))(
+                ids, counts.data_ptr(), self._num_experts
+            )
+            self._library.step(PlaceSpec(arch=self._arch, overlap=self._overlap, id_bits=bits))(
                 ids, counts.data_ptr(), positions.data_ptr(), offsets.data_ptr(), self._num_experts
             )
         return Routing(offsets=offsets, positions=positions)
@@ -95,6 +100,7 @@ class FusedSteps:
         threads, vectors = self._gather_shape
         spec = GatherSpec(
             arch=self._arch,
+            overlap=self._overlap,
             threads=threads,
             vectors=vectors,
             kinds=self._first_kinds,
@@ -135,6 +141,7 @@ class FusedSteps:
         rows, threads_vectors = len(gate_up), self._swiglu_shape
         spec = SwigluSpec(
             arch=self._arch,
+            overlap=self._overlap,
             threads=threads_vectors[0],
             vectors=threads_vectors[1],
             kinds=self._second_kinds,
@@ -162,6 +169,7 @@ class FusedSteps:
         out = torch.empty(tokens, self._hidden, dtype=torch.bfloat16, device=self._device)
         spec = CombineSpec(
             arch=self._arch,
+            overlap=self._overlap,
             threads=COMBINE_THREADS,
             top_k=top_k,
             weight_bits=8 * weights.element_size(),

@@ -13,6 +13,7 @@ from kernel_gen.kernels.steps.spec import (
     GatherSpec,
     PlaceSpec,
     SwigluSpec,
+    can_overlap,
     row_shape,
 )
 from kernel_gen.layouts import ActivationKind
@@ -34,17 +35,20 @@ def gather(arch, columns, kinds, *, top_k=8, ranks=True, aligned=True):
         id_bits=64,
         ranks=ranks,
         writes_formats=len(kinds) > 1,
+        overlap=can_overlap(arch),
     )
 
 
 def swiglu(arch, columns, kinds, *, aligned=True):
     threads, vectors = row_shape(columns)
-    return SwigluSpec(arch=arch, threads=threads, vectors=vectors, kinds=kinds, aligned=aligned)
+    return SwigluSpec(
+        arch=arch, threads=threads, vectors=vectors, kinds=kinds, aligned=aligned, overlap=can_overlap(arch)
+    )
 
 
 def specs(arch):
-    yield CountSpec(arch=arch, id_bits=64)
-    yield PlaceSpec(arch=arch, id_bits=32)
+    yield CountSpec(arch=arch, id_bits=64, overlap=can_overlap(arch))
+    yield PlaceSpec(arch=arch, id_bits=32, overlap=can_overlap(arch))
     yield CombineSpec(arch=arch, threads=128, top_k=8, weight_bits=16, aligned=True)
     yield CombineSpec(arch=arch, threads=128, top_k=3, weight_bits=32, aligned=False)
     yield gather(arch, 2048, (BF16,), ranks=False)
@@ -78,6 +82,11 @@ def test_rows_that_no_cta_holds() -> None:
 def test_names_tell_specs_apart() -> None:
     found = [spec for arch in ARCHITECTURES for spec in specs(arch)]
     assert all(a.name != b.name and a.fingerprint() != b.fingerprint() for a, b in itertools.combinations(found, 2))
+
+
+def test_older_gpus_cannot_overlap() -> None:
+    with pytest.raises(ValueError, match="overlap: sm_89 has no programmatic dependent launch"):
+        CountSpec(arch="sm_89", id_bits=64, overlap=True)
 
 
 def test_a_row_has_distinct_forms() -> None:

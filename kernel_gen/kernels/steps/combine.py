@@ -17,6 +17,7 @@ class CombineKernel:
     """Callable for cute.compile."""
 
     def __init__(self, spec: CombineSpec) -> None:
+        self.overlap = spec.overlap
         self.threads, self.top_k, self.aligned = spec.threads, spec.top_k, spec.aligned
         self.weight_bits = spec.weight_bits
         self.rows = Rows(spec.threads, 1, spec.aligned)
@@ -36,7 +37,7 @@ class CombineKernel:
     ):
         parts = (width + (VECTOR * self.threads - 1)) // (VECTOR * self.threads)
         self.kernel(offsets, y, stride, positions, weights, out, width, parts).launch(
-            grid=(tokens * parts, 1, 1), block=(self.threads, 1, 1), stream=stream
+            grid=(tokens * parts, 1, 1), block=(self.threads, 1, 1), stream=stream, use_pdl=self.overlap
         )
 
     @cute.kernel
@@ -51,6 +52,7 @@ class CombineKernel:
         width: Int32,
         parts: Int32,
     ):
+        ptx.begin(self.overlap)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         token = block // parts

@@ -22,6 +22,7 @@ class GatherKernel:
     """Callable for cute.compile."""
 
     def __init__(self, spec: GatherSpec) -> None:
+        self.overlap = spec.overlap
         self.top_k, self.id_bits = spec.top_k, spec.id_bits
         self.ranks, self.writes_formats = spec.ranks, spec.writes_formats
         self.rows = Rows(spec.threads, spec.vectors, spec.aligned)
@@ -61,6 +62,7 @@ class GatherKernel:
             block=(self.rows.threads, 1, 1),
             smem=self.smem_bytes,
             stream=stream,
+            use_pdl=self.overlap,
         )
 
     @cute.kernel
@@ -77,6 +79,7 @@ class GatherKernel:
         num_experts: Int32,
         width: Int32,
     ):
+        ptx.begin(self.overlap)
         tid, _, _ = cute.arch.thread_idx()
         token, _, _ = cute.arch.block_idx()
         scratch = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint())

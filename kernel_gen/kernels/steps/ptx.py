@@ -8,6 +8,13 @@ from cutlass import Float32, Int32, Int64
 _ptx = cute.arch.inline_ptx
 
 
+def begin(overlap):
+    """Let the next kernel be launched, and wait for the results of the one before, if launches overlap."""
+    if overlap:
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+
+
 def ldg32(addr):
     return _ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[addr])
 

@@ -55,17 +55,18 @@ class CountKernel:
     """Callable for cute.compile. counts: int32 [chunks, E + 1]."""
 
     def __init__(self, spec: CountSpec) -> None:
-        self.id_bits = spec.id_bits
+        self.id_bits, self.overlap = spec.id_bits, spec.overlap
 
     @cute.jit
     def __call__(self, ids: cute.Tensor, counts: Int64, num_experts: Int32, stream: cuda.CUstream):
         chunks = (cute.size(ids, mode=[0]) + (CHUNK - 1)) // CHUNK
         self.kernel(ids, counts, num_experts).launch(
-            grid=(chunks, 1, 1), block=(THREADS, 1, 1), smem=4 * (MAX_EXPERTS + 1), stream=stream
+            grid=(chunks, 1, 1), block=(THREADS, 1, 1), smem=4 * (MAX_EXPERTS + 1), stream=stream, use_pdl=self.overlap
         )
 
     @cute.kernel
     def kernel(self, ids: cute.Tensor, counts: Int64, num_experts: Int32):
+        ptx.begin(self.overlap)
         tid, _, _ = cute.arch.thread_idx()
         chunk, _, _ = cute.arch.block_idx()
         table = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint())
@@ -86,7 +87,7 @@ class PlaceKernel:
     """Callable for cute.compile. positions: int32, one an id; offsets: int32 [E + 1]."""
 
     def __init__(self, spec: PlaceSpec) -> None:
-        self.id_bits = spec.id_bits
+        self.id_bits, self.overlap = spec.id_bits, spec.overlap
         self.bins = MAX_EXPERTS + 2  # one for ids of no expert, one for what is past the last id
 
     @cute.jit
@@ -101,11 +102,16 @@ class PlaceKernel:
     ):
         chunks = (cute.size(ids, mode=[0]) + (CHUNK - 1)) // CHUNK
         self.kernel(ids, counts, positions, offsets, num_experts).launch(
-            grid=(chunks, 1, 1), block=(THREADS, 1, 1), smem=4 * self.bins * (WARPS + 2), stream=stream
+            grid=(chunks, 1, 1),
+            block=(THREADS, 1, 1),
+            smem=4 * self.bins * (WARPS + 2),
+            stream=stream,
+            use_pdl=self.overlap,
         )
 
     @cute.kernel
     def kernel(self, ids: cute.Tensor, counts: Int64, positions: Int64, offsets: Int64, num_experts: Int32):
+        ptx.begin(self.overlap)
         tid, _, _ = cute.arch.thread_idx()
         chunk, _, _ = cute.arch.block_idx()
         chunks, _, _ = cute.arch.grid_dim()

@@ -15,6 +15,7 @@ from kernel_gen.layouts import ActivationKind
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
 MAX_THREADS = 1024
+FIRST_OVERLAPPING = 90
 VECTOR = 8
 """bf16 values a thread loads at once, 16 bytes."""
 CHUNK = 1024
@@ -33,10 +34,19 @@ FORMAT_CODE = {kind: code for code, kind in enumerate(ActivationKind)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSpec:
-    """One kernel to compile for `arch`, such as sm_90a. What subclasses add is compiled in; sizes are arguments."""
+    """One kernel to compile for `arch`, such as sm_90a. What subclasses add is compiled in; sizes are arguments.
+
+    `overlap`: the kernel is launched while the one before it ends, and waits for that one's results itself
+    (programmatic dependent launch, sm_90 on).
+    """
 
     arch: str
+    overlap: bool = False
     module: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.overlap and not can_overlap(self.arch):
+            raise ValueError(f"overlap: {self.arch} has no programmatic dependent launch, sm_90 and later do")
 
     @property
     def label(self) -> str:
@@ -88,6 +98,7 @@ class RowSpec(StepSpec):
     aligned: bool
 
     def __post_init__(self) -> None:
+        StepSpec.__post_init__(self)
         if not self.kinds or len(set(self.kinds)) != len(self.kinds):
             raise ValueError(f"kinds: expected distinct ones, at least one, got {self.kinds}")
 
@@ -121,6 +132,11 @@ class CombineSpec(StepSpec):
     weight_bits: int
     aligned: bool
     module: ClassVar[str] = "kernel_gen.kernels.steps.combine"
+
+
+def can_overlap(arch: str) -> bool:
+    """Whether kernels for this target may start before the one ahead of them has ended."""
+    return int(arch.removeprefix("sm_").rstrip("af")) >= FIRST_OVERLAPPING
 
 
 def row_shape(columns: int) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ class SwigluKernel:
     """Callable for cute.compile. Rows from the last offset on are nobody's and left alone."""
 
     def __init__(self, spec: SwigluSpec) -> None:
+        self.overlap = spec.overlap
         self.rows = Rows(spec.threads, spec.vectors, spec.aligned)
         self.forms = [Form(kind, self.rows) for kind in spec.kinds]
         self.needs_largest = any(form.is_quantized and not form.by_group for form in self.forms)
@@ -39,7 +40,11 @@ class SwigluKernel:
     ):
         addresses = (x_bf16, x_int8, sx_int8, x_e4m3, sx_e4m3, x_int4, sx_int4)
         self.kernel(offsets, gate_up, stride, row_formats, addresses, width).launch(
-            grid=(num_rows, 1, 1), block=(self.rows.threads, 1, 1), smem=4 * MAX_WARPS, stream=stream
+            grid=(num_rows, 1, 1),
+            block=(self.rows.threads, 1, 1),
+            smem=4 * MAX_WARPS,
+            stream=stream,
+            use_pdl=self.overlap,
         )
 
     @cute.kernel
@@ -52,6 +57,7 @@ class SwigluKernel:
         addresses: tuple[Int64, Int64, Int64, Int64, Int64, Int64, Int64],
         width: Int32,
     ):
+        ptx.begin(self.overlap)
         tid, _, _ = cute.arch.thread_idx()
         row, _, _ = cute.arch.block_idx()
         scratch = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint())
