@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from costmodel.evaluation import HeldOut, evaluate
+from costmodel.evaluation import evaluate
 from costmodel.fit import read_profiles
+from costmodel.groups import HeldOut
 from costmodel.report import as_json, write_report
 from profiles.errors import UserError
 
@@ -25,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = evaluate(
             read_profiles(arguments.profile),
             kinds=[HeldOut(kind) for kind in arguments.held_out],
-            repeats=read_profiles(arguments.repeats) if arguments.repeats else None,
             num_folds=arguments.folds,
             told=lambda text: print(f"held out by {text}", file=sys.stderr),
         )
@@ -42,8 +42,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m costmodel.evaluate",
         description="Cross-validate the latency model and its baselines with whole groups held out.",
     )
-    parser.add_argument("--profile", type=Path, nargs="+", required=True, metavar="FILE", help="profiles (Parquet)")
-    parser.add_argument("--repeats", type=Path, nargs="+", metavar="FILE", help="the same launches, measured again")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="profiles (Parquet); what several measured is merged",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     kinds = [kind.value for kind in HeldOut]
     parser.add_argument(

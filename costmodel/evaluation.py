@@ -7,10 +7,8 @@ coverage, and the regret: how much slower than the best measured configuration t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -20,28 +18,15 @@ from sklearn.model_selection import GroupKFold
 
 from costmodel import features
 from costmodel.baselines import AnalyticCore, Dummy, RawBoosting, Roofline, SlopeTimesTiles
+from costmodel.groups import Codes, HeldOut, Labels, group_labels, launch_ids
 from costmodel.model import LatencyModel
+from costmodel.regret import regrets
+from costmodel.sessions import NoiseFloor, noise_floor, usable
 from profiles.errors import DataError
-from profiles.records import Source, Status
 
 Array = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.object_]
 Mask = npt.NDArray[np.bool_]
 MODEL = "LatencyModel"
-TOP = 4
-"""Configurations that are measured when the model's first choice is not trusted."""
-
-
-class HeldOut(Enum):
-    """A kind of group."""
-
-    SHAPE = "shape"
-    MODEL = "model"
-    LOAD = "load"
-    TILE = "tile"
-    SCHEME = "scheme"
-    MIX = "mix"
-    SCHEME_MIX = "scheme mix"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +48,6 @@ class Metrics:
     regret_mean: float | None
     regret_p99: float | None
     regret_top4_mean: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseFloor:
-    """What no model can beat. `within_run`: half of p80 - p20 over the median, mean over rows. `between_runs_*`:
-    absolute relative difference of the same launch measured again, and what the best configuration of one run loses in
-    the other; None without repeats.
-    """
-
-    within_run: float | None
-    num_repeats: int
-    between_runs_mean: float | None
-    between_runs_median: float | None
-    between_runs_regret_mean: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,28 +87,15 @@ def estimators() -> dict[str, Callable[[], Any]]:
     }
 
 
-def usable(profile: pd.DataFrame) -> pd.DataFrame:
-    """The finished measurements of a profile; predictions if it has nothing else. DataError if nothing is left."""
-    done = profile[(profile["status"] == Status.OK.value) & profile["latency_us"].notna()]
-    measured = done[done["source"] == Source.MEASURED.value]
-    rows = measured if len(measured) else done
-    if rows.empty:
-        raise DataError("the profile has no finished row to learn from")
-    if rows["gpu"].nunique() > 1:
-        raise DataError(f"the profile's rows are of several GPUs ({', '.join(sorted(rows['gpu'].unique()))}); pass one")
-    return rows.reset_index(drop=True)
-
-
 def evaluate(
     profile: pd.DataFrame,
     *,
     kinds: Sequence[HeldOut] = tuple(HeldOut),
     make: Mapping[str, Callable[[], Any]] | None = None,
-    repeats: pd.DataFrame | None = None,
     num_folds: int = 5,
     told: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Grouped cross-validation over a profile's finished rows. `told` hears what is being held out.
+    """Grouped cross-validation over a profile's `sessions.usable` rows. `told` hears what is being held out.
 
     Raises:
         DataError: too few rows or groups for any kind.
@@ -163,42 +121,8 @@ def evaluate(
         features=X,
         results=results,
         skipped=skipped,
-        noise=noise_floor(rows, repeats),
+        noise=noise_floor(profile),
     )
-
-
-def group_labels(rows: pd.DataFrame, kind: HeldOut) -> Labels:
-    """Each row's group of a kind; None where a row has none (a uniform launch has no mix) and is learned from only."""
-    mixed = rows["schemes"].map(lambda names: len(set(names)) > 1)
-    if kind is HeldOut.SHAPE:
-        labels = (
-            rows["n"].astype(str) + "x" + rows["k"].astype(str) + ", " + rows["num_experts"].astype(str) + " experts"
-        )
-    elif kind is HeldOut.MODEL:
-        labels = rows["model"].map(lambda name: re.sub(r"-(ep|tp)\d+", "", name))
-    elif kind is HeldOut.LOAD:
-        labels = rows["load_source"].map(lambda source: re.sub(r", top \d+, seed \d+", "", source))
-    elif kind is HeldOut.TILE:
-        labels = rows["config"].map(lambda name: "_".join(name.split("_")[:2]))
-    elif kind is HeldOut.SCHEME:
-        labels = rows["schemes"].map(lambda names: names[0]).mask(mixed, None)
-    elif kind is HeldOut.MIX:
-        labels = rows["schemes"].map(lambda names: " ".join(names)).where(mixed, None)
-    else:
-        labels = rows["schemes"].map(lambda names: " + ".join(sorted(set(names)))).where(mixed, None)
-    return np.asarray([None if pd.isna(label) else str(label) for label in labels], dtype=object)
-
-
-def launch_ids(rows: pd.DataFrame) -> npt.NDArray[np.int64]:
-    """A number per launch: rows with the same one differ in configuration only."""
-    columns = zip(
-        *(rows[name] for name in ("gpu", "linear", "n", "k")),
-        rows["schemes"].map(tuple),
-        rows["tokens_per_expert"].map(lambda tokens: np.asarray(tokens, dtype=np.int32).tobytes()),
-        strict=True,
-    )
-    known: dict[tuple[Any, ...], int] = {}
-    return np.asarray([known.setdefault(key, len(known)) for key in columns], dtype=np.int64)
 
 
 def _tested(labels: Labels) -> Mask:
@@ -211,7 +135,7 @@ def _hold_out(
     X: pd.DataFrame,
     y: Array,
     labels: Labels,
-    launches: npt.NDArray[np.int64],
+    launches: Codes,
     make: Mapping[str, Callable[[], Any]],
     num_folds: int,
 ) -> HeldOutResult:
@@ -255,9 +179,7 @@ def _leaks(kind: HeldOut, rows: pd.DataFrame, labels: Labels, held_out: npt.NDAr
     return np.asarray(leaks, dtype=np.bool_)
 
 
-def measure(
-    y: Array, predicted: Array, launches: npt.NDArray[np.int64], num_groups: int, interval: Array | None
-) -> Metrics:
+def measure(y: Array, predicted: Array, launches: Codes, num_groups: int, interval: Array | None) -> Metrics:
     """Metrics of predictions [R] against measurements [R]; `launches` as `launch_ids`, `interval` [R, 2] or None."""
     error = np.abs(predicted / y - 1.0)
     first, best_of_top = regrets(y, predicted, launches)
@@ -275,47 +197,3 @@ def measure(
         regret_p99=float(np.quantile(first, 0.99)) if len(first) else None,
         regret_top4_mean=float(best_of_top.mean()) if len(first) else None,
     )
-
-
-def regrets(y: Array, predicted: Array, launches: npt.NDArray[np.int64], top: int = TOP) -> tuple[Array, Array]:
-    """For each launch with two or more configurations: measured time of the predicted best over the measured best, less
-    1, and the same for the best measured among the predicted `top`. Ties are drawn by lot.
-    """
-    lot = np.random.default_rng(0).random(len(y))
-    order = np.lexsort((lot, predicted, launches))
-    starts = np.flatnonzero(np.r_[True, np.diff(launches[order]) != 0])
-    stops = np.r_[starts[1:], len(order)]
-    first, best_of_top = [], []
-    for start, stop in zip(starts, stops, strict=True):
-        if stop - start >= 2:
-            measured = y[order[start:stop]]
-            first.append(measured[0] / measured.min() - 1.0)
-            best_of_top.append(measured[:top].min() / measured.min() - 1.0)
-    return np.asarray(first, dtype=np.float64), np.asarray(best_of_top, dtype=np.float64)
-
-
-def noise_floor(rows: pd.DataFrame, repeats: pd.DataFrame | None) -> NoiseFloor:
-    """From the quantiles of the rows, and from rows of `repeats` that ran the same launch and configuration again."""
-    spread = ((rows["p80_us"] - rows["p20_us"]) / (2.0 * rows["latency_us"])).astype(float).dropna()
-    pairs = pd.DataFrame() if repeats is None else _pairs(rows, usable(repeats))
-    if pairs.empty:
-        difference = regret = np.empty(0)
-    else:
-        once, again = pairs["latency_us"].to_numpy(), pairs["latency_us_again"].to_numpy()
-        difference = np.abs(again / once - 1.0)
-        regret = regrets(once, again, pairs["launch"].to_numpy())[0]
-    return NoiseFloor(
-        within_run=float(spread.mean()) if len(spread) else None,
-        num_repeats=len(pairs),
-        between_runs_mean=float(difference.mean()) if len(difference) else None,
-        between_runs_median=float(np.median(difference)) if len(difference) else None,
-        between_runs_regret_mean=float(regret.mean()) if len(regret) else None,
-    )
-
-
-def _pairs(rows: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
-    """Each measurement beside its repetition: columns latency_us, latency_us_again, launch, config."""
-    both = pd.concat([rows, again], ignore_index=True)
-    both = both.assign(launch=launch_ids(both))[["launch", "config", "latency_us"]]
-    once, second = both.iloc[: len(rows)], both.iloc[len(rows) :]
-    return once.merge(second, on=["launch", "config"], suffixes=("", "_again"))

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from costmodel import features, model_file
-from costmodel.evaluation import HeldOut, group_labels, usable
+from costmodel.groups import HeldOut, group_labels
 from costmodel.model import LatencyModel
 from costmodel.model_file import FittedModel
+from costmodel.sessions import usable
 from profiles.errors import DataError, UserError
 from profiles.journal import journal_path
 from profiles.store import ProfileStore
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fit(rows: pd.DataFrame, *, seed: int = 0) -> FittedModel:
-    """A model of a profile's finished rows (`evaluation.usable`); intervals are calibrated for shapes never seen.
+    """A model of a profile's finished rows (`sessions.usable`); intervals are calibrated for shapes never seen.
 
     Raises:
         DataError: too few rows.

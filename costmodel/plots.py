@@ -13,7 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from costmodel.evaluation import MODEL, Evaluation, HeldOutResult, launch_ids, regrets
+from costmodel.evaluation import MODEL, Evaluation, HeldOutResult
+from costmodel.groups import launch_ids
+from costmodel.regret import regrets
 
 Array = npt.NDArray[np.float64]
 _MODEL_COLOUR = "#1f5fa8"

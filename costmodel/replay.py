@@ -4,8 +4,8 @@ what an exhaustive sweep found, against random order, a grid and Optuna's TPE.
 Each model of the profile is tuned by itself, as if it were new: the base of guided measuring is fitted on the other
 models' rows. Regret is over all launches of the model: how much slower the configuration chosen for a launch is than
 its best recorded one. A strategy with a model chooses the best by measurement or prediction; one without takes a
-launch's best measured configuration, or where none was measured the analytic core's pick. Seconds are `guide.Costs`:
-every strategy pays for the kernels, weights and inputs that its batches need.
+launch's best measured configuration, or the analytic core's pick where fewer than two were measured. Seconds are
+`guide.Costs`: every strategy pays for the kernels, weights and inputs that its batches need.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import optuna
 import pandas as pd
 
 from costmodel import features
-from costmodel.evaluation import HeldOut, group_labels, launch_ids, usable
 from costmodel.fit import MIN_ROWS, read_profiles
+from costmodel.groups import HeldOut, group_labels, launch_ids
 from costmodel.guide import Belief, Candidates, Guide, best_rows
 from costmodel.model import LatencyModel
 from costmodel.replay_report import markdown, plot
+from costmodel.sessions import usable
 from profiles.atomic import replacing
 from profiles.errors import DataError, UserError
 
@@ -200,8 +201,7 @@ def replay(data: Recorded, name: str, *, batch: int = 16, max_share: float = 0.2
     measured, built = np.zeros(len(y), dtype=np.bool_), np.zeros(len(y), dtype=np.bool_)
     seconds, curve = 0.0, []
     for rows, belief in STRATEGIES[name](data, batch, seed):
-        # A strategy without a model: far below any other, so that measured rows come before the core's picks.
-        log_us = belief.log_us if belief else np.where(measured, np.log(y) - 100.0, core)
+        log_us = belief.log_us if belief else _best_measured(candidates, measured, y, core)
         regret = y[best_rows(log_us, candidates.launches)] / best - 1.0
         curve.append(
             Point(
@@ -223,6 +223,14 @@ def replay(data: Recorded, name: str, *, batch: int = 16, max_share: float = 0.2
         measured[new] = True
         built = np.isin(candidates.kernels, candidates.kernels[measured])
     return curve
+
+
+def _best_measured(candidates: Candidates, measured: Mask, latency_us: Array, core: Array) -> Array:
+    """Log latencies for a choice without a model, [R]: measured rows first in launches where two or more were measured,
+    elsewhere the core's.
+    """
+    counts = np.bincount(candidates.launches, weights=measured)[candidates.launches]
+    return np.where(measured & (counts >= 2), np.log(latency_us) - 100.0, core)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

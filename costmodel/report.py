@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from costmodel.evaluation import MODEL, Evaluation, Metrics, NoiseFloor
+from costmodel.evaluation import MODEL, Evaluation
 from costmodel.plots import figures
+from costmodel.sessions import NoiseFloor
 from profiles.atomic import replacing
 from profiles.errors import DataError
 
@@ -24,6 +25,13 @@ COLUMNS = {
     "regret_p99": "regret, p99",
     "regret_top4_mean": "regret, best of top 4",
 }
+_FLOORS = {
+    "mean_ape": "between_runs_mean",
+    "median_ape": "between_runs_median",
+    "regret_mean": "between_runs_regret_mean",
+    "regret_p99": "between_runs_regret_p99",
+}
+"""Which number of the noise floor stands beside a column."""
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}"
@@ -60,31 +68,35 @@ def write_report(found: Evaluation, folder: Path) -> list[Path]:
 
 
 def _tables(found: Evaluation) -> list[tuple[str, list[list[str]]]]:
-    """(heading, rows) of each kind of group, the head first; LatencyModel before its baselines."""
+    """(heading, rows) of each kind of group, the head first; then LatencyModel, the noise floor, and the baselines."""
     tables = []
     for kind, result in found.results.items():
         one = next(iter(result.metrics.values()))
         heading = f"Unseen {kind.value}: {one.num_groups} groups, {one.num_launches} launches, {one.num_rows} rows"
         rows = [["", *COLUMNS.values()]]
-        rows += [[name, *(_percent(metrics, column) for column in COLUMNS)] for name, metrics in result.metrics.items()]
+        for name, metrics in result.metrics.items():
+            rows.append([name, *(_percent(getattr(metrics, column)) for column in COLUMNS)])
+            if name == MODEL and found.noise.num_repeats:
+                floors = (getattr(found.noise, _FLOORS[column]) if column in _FLOORS else None for column in COLUMNS)
+                rows.append(["noise floor", *(_percent(floor) for floor in floors)])
         tables.append((heading, rows))
     return tables
 
 
-def _percent(metrics: Metrics, name: str) -> str:
-    value = getattr(metrics, name)
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}%"
 
 
 def _noise(noise: NoiseFloor) -> str:
-    within = "unknown" if noise.within_run is None else f"{100 * noise.within_run:.2f}%"
-    text = f"Noise floor: within a run (half of p80 - p20) {within}"
-    if noise.between_runs_mean is None or noise.between_runs_median is None:
+    text = f"Noise floor: within a run (half of p80 - p20) {_percent(noise.within_run)}"
+    if not noise.num_repeats:
         return text + "; between runs unknown, nothing was measured twice."
-    text += f"; between runs mean {100 * noise.between_runs_mean:.2f}%, median {100 * noise.between_runs_median:.2f}%"
-    if noise.between_runs_regret_mean is not None:
-        text += f", regret of one run's best in the other {100 * noise.between_runs_regret_mean:.2f}%"
-    return f"{text} ({noise.num_repeats} launches measured again)."
+    return (
+        f"{text}; the same launch and kernel measured in another session ({noise.num_repeats} of them) differs by"
+        f" {_percent(noise.between_runs_mean)} (mean), {_percent(noise.between_runs_median)} (median),"
+        f" {_percent(noise.between_runs_p90)} (90th percentile), and one session's best choice loses in the other"
+        f" {_percent(noise.between_runs_regret_mean)} (mean), {_percent(noise.between_runs_regret_p99)} (p99)."
+    )
 
 
 def _intro(found: Evaluation) -> list[str]:

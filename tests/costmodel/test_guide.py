@@ -13,8 +13,8 @@ from scipy.stats import norm
 
 from costmodel import replay as replay_command
 from costmodel.error_field import ON_CORE, TERMS, ErrorField, Places, Scales
-from costmodel.evaluation import launch_ids
 from costmodel.features import of_profile
+from costmodel.groups import launch_ids
 from costmodel.guide import Candidates, Costs, Guide, best_rows, expected_loss
 from costmodel.model import LatencyModel
 from costmodel.replay import STRATEGIES, Recorded, candidates_of, recorded, replay

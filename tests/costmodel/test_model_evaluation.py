@@ -13,14 +13,16 @@ from costmodel import evaluate as evaluate_command
 from costmodel import fit as fit_command
 from costmodel import model_file
 from costmodel.baselines import AnalyticCore, Dummy, RawBoosting, Roofline, SlopeTimesTiles
-from costmodel.evaluation import MODEL, HeldOut, estimators, evaluate, group_labels, noise_floor, regrets
+from costmodel.evaluation import MODEL, estimators, evaluate
 from costmodel.features import of_profile
+from costmodel.groups import HeldOut, group_labels
 from costmodel.model import LatencyModel
+from costmodel.regret import regrets
 from costmodel.report import as_json, write_report
 from profiles.errors import DataError
 from profiles.records import ProfileRecord
 from profiles.store import ProfileStore
-from tests.costmodel.synthetic import NOISE, profile
+from tests.costmodel.synthetic import profile
 
 METRICS = {"mean_ape", "median_ape", "coverage_90", "regret_mean", "regret_p99", "regret_top4_mean"}
 
@@ -44,7 +46,7 @@ def _few_trees() -> dict[str, object]:
 
 
 def test_model_beats_every_baseline_on_unseen_groups(rows: pd.DataFrame, tmp_path: Path) -> None:
-    found = evaluate(rows, kinds=[HeldOut.SHAPE, HeldOut.MIX], make=_few_trees(), num_folds=3, repeats=rows)
+    found = evaluate(rows, kinds=[HeldOut.SHAPE, HeldOut.MIX], make=_few_trees(), num_folds=3)
     data = json.loads(as_json(found))
     assert set(data["held_out"]) == {"shape", "mix"}
     for by_estimator in data["held_out"].values():
@@ -61,6 +63,17 @@ def test_model_beats_every_baseline_on_unseen_groups(rows: pd.DataFrame, tmp_pat
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in page
     assert "| LatencyModel |" in markdown.read_text()
+    assert "noise floor |" not in markdown.read_text()
+
+
+def test_noise_floor_stands_beside_every_figure(rows: pd.DataFrame, tmp_path: Path) -> None:
+    again = profile(seed=3, mixes=0, models=("alpha",)).assign(timestamp="2026-01-02T00:00:00+00:00")
+    some = pd.concat([rows.iloc[::4], again], ignore_index=True)
+    make = {MODEL: lambda: LatencyModel(num_trees=5, num_folds=2), "dummy": Dummy}
+    found = evaluate(some, kinds=[HeldOut.SHAPE, HeldOut.LOAD], make=make, num_folds=3)
+    assert found.noise.num_repeats > 50
+    text = write_report(found, tmp_path)[1].read_text()
+    assert text.count("| noise floor | 1.") == 2
 
 
 def test_held_out_rows_are_not_learned_from(rows: pd.DataFrame) -> None:
@@ -99,16 +112,6 @@ def test_regret_by_hand() -> None:
     first, best_of_two = regrets(y, np.asarray([3.0, 1.0, 2.0, 1.0, 2.0, 1.0]), launches, top=2)
     np.testing.assert_allclose(first, [0.2, 0.4])
     np.testing.assert_allclose(best_of_two, [0.1, 0.0])
-
-
-def test_noise_floor_of_two_runs() -> None:
-    once, again = profile(seed=1, models=("alpha",), mixes=0), profile(seed=2, models=("alpha",), mixes=0)
-    noise = noise_floor(once, again)
-    assert noise.num_repeats == len(once)
-    assert noise.within_run == pytest.approx(0.01)
-    # |difference| of two normals of this deviation has the mean 2 / sqrt(pi) of it.
-    assert noise.between_runs_mean == pytest.approx(2 / np.sqrt(np.pi) * NOISE, rel=0.25)
-    assert noise_floor(once, None).between_runs_mean is None
 
 
 def test_baselines_say_what_they_are(rows: pd.DataFrame) -> None:
