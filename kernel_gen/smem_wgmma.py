@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 
-from kernel_gen.layouts import UNIT_ROWS, layout_of, round_up
+from kernel_gen.layouts import UNIT_ROWS, Layout, layout_of, round_up
+from profiles.gpus import Math
 from profiles.kernels import KernelConfig
 from profiles.schemes import QuantScheme
 
@@ -23,6 +25,31 @@ REGISTERS_PER_SM = 65_536
 MAX_CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = {1: 40, 2: 32}
 FEW_PRODUCER_REGISTERS = 24
+CODES_UP_TO_TOKENS = 16
+"""Tile widths where scaling sums takes fewer instructions than scaling weights: a group of 128 columns has 64 pairs of
+weights a thread and unit, and tile_n / 2 sums. At 32 both are even, and the sums take registers that three CTAs an SM
+do not have.
+"""
+
+
+class SumOf(Enum):
+    """What the tensor cores add up in the wgmma family."""
+
+    WEIGHTS = "weights"
+    """As decoding leaves them; scales of groups are in them."""
+    GROUPS = "groups"
+    """8-bit codes of one group; its sums are scaled and added in float32."""
+    CODES = "codes"
+    """The same in bf16: codes of one group and 128, which is how they are decoded fastest."""
+
+
+def sum_of(layout: Layout, tile_n: int) -> SumOf:
+    """How a scheme is multiplied in tiles of tile_n tokens."""
+    if not layout.has_group_scales:
+        return SumOf.WEIGHTS
+    if layout.math is not Math.BF16:
+        return SumOf.GROUPS
+    return SumOf.CODES if layout.weight_bits <= 4 and tile_n <= CODES_UP_TO_TOKENS else SumOf.WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

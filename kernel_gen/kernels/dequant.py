@@ -2,8 +2,8 @@
 kernel_gen.layouts.
 
 BF16 math: codes u become (u - z), exact in bf16, then times the group's scale where there is one (a per-channel scale
-waits for the epilogue). The integer u sits in the mantissa of bf16 128 + u (u < 16); 8 bits are u - 128 = a - b with the
-low seven bits in a = 128 + u mod 128 and the top one in b = 256 or 128. So no conversion instruction runs.
+waits for the epilogue). The integer u sits in the mantissa of bf16 128 + u (u < 16); 8 bits are u - 128 = a - b with
+the low seven bits in a = 128 + u mod 128 and the top one in b = 256 or 128. So no conversion instruction runs.
 """
 
 import cutlass
@@ -65,8 +65,8 @@ class Bf16Weights:
             words[2, m] = ptx.lds32(unit + 1024 + w * 128 + lane * 4)
 
     def bias(self, zero_pair, consts):
-        """What is added to codes as they are decoded to leave u - z, for rows g and g + 8, as bf16 pairs: -(128 + z) for
-        up to 4 bits, 128 - z for 8.
+        """What is added to codes as they are decoded to leave u - z, for rows g and g + 8, as bf16 pairs: -(128 + z)
+        for up to 4 bits, 128 - z for 8.
 
         zero_pair holds the zero points of the two rows as bf16; None for symmetric schemes, whose zero point is
         2^(b-1).

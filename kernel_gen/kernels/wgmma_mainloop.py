@@ -1,8 +1,8 @@
 """The k loop of one scheme in the wgmma family.
 
-Fragment ks + 1 is decoded while wgmma ks runs: decoding right before the wgmma that reads it makes the compiler
-serialise both. Schemes whose groups are scaled outside the tensor cores multiply one k-tile into a sum of its own, then
-add it, scaled, in float32.
+Fragments are decoded while wgmmas before theirs run: decoding right before the wgmma that reads it makes the compiler
+serialise both. What the tensor cores sum is `SumOf`: weights that were scaled as they were decoded, or one group at a
+time, scaled in float32 afterwards.
 """
 
 import cutlass
@@ -14,12 +14,11 @@ from cutlass.cute.nvgpu import warpgroup
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.dequant import BF16_ONE, Bf16Weights, NarrowWeights
 from kernel_gen.layouts import STRIP_BYTES
+from kernel_gen.smem_wgmma import SumOf, sum_of
 from profiles.gpus import Math
 
 CODE_TYPE = {Math.BF16: BFloat16, Math.INT8: Int8, Math.E4M3: Float8E4M3FN}
 K_STEPS = 4  # a k-tile is 128 bytes of a token's row, a wgmma takes 32
-FOLD_UP_TO = 16  # tokens of a tile: at 32 the sums take more registers than three CTAs an SM have
-FOLDED_K_TILES = 2  # k-tiles whose sums of codes are added up before they are scaled: a group of 128
 
 
 class WgmmaMainloop:
@@ -30,9 +29,12 @@ class WgmmaMainloop:
         self.m_units = tile_m // 64 // groups
         self.math = facts.math
         self.narrow = self.math is not Math.BF16
-        self.grouped = facts.has_group_scales and self.narrow
-        self.folded = self.math is Math.BF16 and facts.weight_bits <= 4 and tile_n <= FOLD_UP_TO
-        self.has_group_zeros = facts.has_group_scales and facts.has_zero_points
+        self.sum_of = sum_of(facts, tile_n)
+        self.scales_weights = facts.has_group_scales and self.sum_of is SumOf.WEIGHTS
+        has_codes = not self.narrow and facts.weight_bits != 16
+        self.has_tile_biases = (
+            has_codes and self.sum_of is SumOf.WEIGHTS and not (facts.has_group_scales and facts.has_zero_points)
+        )
         if self.narrow:
             self.weights = NarrowWeights(self.math, facts.weight_bits, K_STEPS, facts.unit_bytes)
             self.extra_scale = self.weights.extra_scale
@@ -66,143 +68,204 @@ class WgmmaMainloop:
 
     @cute.jit
     def run(self, base, start, arrays, barriers, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
-        """(float32 sums, next stage, next phase) of one tile."""
+        """(float32 sums, or int32 ones of int8 math without groups; next stage; next phase) of one tile."""
         _, _, feature_tile, index, slot_at, k, units = at
         facts = self.facts
-        lane = tid % 32
-        warp = (tid // 32) % 4
-        group = tid // 128 - 1
         thread_mma = mma.get_slice(tid - 128)
-        acc = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), self.acc_type())
+        acc = self.sums(mma, self.tile_m, self.acc_type())
         acc.fill(0)
         a = thread_mma.make_fragment_A(mma.partition_shape_A((self.tile_m, facts.k_tile)))
         tokens = cute.make_tensor(
             cute.recast_ptr(base + arrays.tokens, layout.inner, dtype=CODE_TYPE[self.math]), layout.outer
         )
         b = thread_mma.make_fragment_B(thread_mma.partition_B(tokens))
-        fragments = cute.recast_tensor(a, Int32)
-        state = self.registers()
-        blocks = (group, warp, lane)
-        if const_expr(not self.narrow and facts.weight_bits != 16 and not self.has_group_zeros and not self.folded):
+        state = (cute.recast_tensor(a, Int32), *self.registers())
+        blocks = (tid // 128 - 1, (tid // 32) % 4, tid % 32)
+        if const_expr(self.has_tile_biases):
             self.fetch_channel(state, feature_tile, index, slot_at, units, blocks)
+        ring = (start, arrays, barriers, num_stages)
+        k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
+        if const_expr(self.sum_of is SumOf.WEIGHTS):
+            stage, phase = self.multiply(ring, mma, a, b, acc, state, blocks, k_tiles, stage, phase)
+        else:
+            total = self.sums(mma, self.tile_m, Float32)
+            total.fill(0.0)
+            if const_expr(self.sum_of is SumOf.GROUPS):
+                stage, phase = self.multiply_groups(ring, mma, a, b, acc, total, state, blocks, k_tiles, stage, phase)
+            else:
+                ones = thread_mma.make_fragment_A(mma.partition_shape_A((64 * self.groups, facts.k_tile)))
+                stage, phase = self.multiply_codes(
+                    ring, mma, a, b, ones, acc, total, state, blocks, k_tiles, stage, phase
+                )
+            acc = total
+        return acc, stage, phase
+
+    def sums(self, mma, rows, kind):
+        """Registers for rows x tile_n sums."""
+        return cute.make_rmem_tensor(mma.partition_shape_C((rows, self.tile_n)), kind)
+
+    def atoms(self, mma):
+        """(wgmma that starts sums, wgmma that adds to them)."""
+        begin = cute.make_mma_atom(mma.op)
+        begin.set(warpgroup.Field.ACCUMULATE, False)
         add = cute.make_mma_atom(mma.op)
         add.set(warpgroup.Field.ACCUMULATE, True)
-        k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
-        if const_expr(self.grouped):
-            sums = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), self.acc_type())
-            total = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), Float32)
-            total.fill(0.0)
-            first = cute.make_mma_atom(mma.op)
-            first.set(warpgroup.Field.ACCUMULATE, False)
-            cute.arch.mbarrier_wait(barriers + stage, phase)
-            at_w = start + arrays.weights + stage * arrays.weights_stage
+        return begin, add
+
+    def addresses(self, ring, stage):
+        """(packed words, strips) of a stage."""
+        start, arrays, _, _ = ring
+        return (
+            start + arrays.weights + stage * arrays.weights_stage,
+            start + arrays.strips + stage * arrays.strips_stage,
+        )
+
+    @cute.jit
+    def advance(self, ring, stage, phase):
+        """The ring's stage and phase after this one."""
+        after = stage + 1
+        after_phase = phase
+        if after == ring[3]:
+            after = Int32(0)
+            after_phase = phase ^ 1
+        return after, after_phase
+
+    @cute.jit
+    def multiply(self, ring, mma, a, b, acc, state, blocks, k_tiles, stage, phase):
+        """acc += weights x tokens; a k-tile's last fragments are decoded as its last but one are multiplied."""
+        _, _, barriers, num_stages = ring
+        _, add = self.atoms(mma)
+        cute.arch.mbarrier_wait(barriers + stage, phase)
+        at_w, at_s = self.addresses(ring, stage)
+        self.decode(state, 0, at_w, at_s, blocks)
+        before = stage
+        for kt in cutlass.range(k_tiles - 1, unroll=1):
+            after, after_phase = self.advance(ring, stage, phase)
             for ks in cutlass.range_constexpr(K_STEPS):
-                self.decode(fragments, state, ks, at_w, at_w, blocks)
-            for kt in cutlass.range(k_tiles, unroll=1):
-                at_s = start + arrays.strips + stage * arrays.strips_stage
-                warpgroup.fence()
-                for ks in cutlass.range_constexpr(K_STEPS):
-                    atom = first if const_expr(ks == 0) else add
-                    cute.gemm(atom, sums, a[None, None, ks], b[None, None, ks, stage], sums)
-                    warpgroup.commit_group()
-                scales = self.row_scales(at_s, blocks)
-                before = stage
-                stage += 1
-                if stage == num_stages:
-                    stage = Int32(0)
-                    phase ^= 1
-                if kt + 1 < k_tiles:
-                    cute.arch.mbarrier_wait(barriers + stage, phase)
-                at_w = start + arrays.weights + stage * arrays.weights_stage
-                for ks in cutlass.range_constexpr(K_STEPS):
-                    warpgroup.wait_group(K_STEPS - 1 - ks)
-                    self.decode(fragments, state, ks, at_w, at_w, blocks)
-                self.release(barriers + num_stages + before)
-                self.add_group(total, sums, scales)
-            acc = total
-        elif const_expr(self.folded):
-            zeros = self.fold_channel(feature_tile, index, slot_at, units, blocks)
-            ones = thread_mma.make_fragment_A(mma.partition_shape_A((64 * self.groups, facts.k_tile)))
-            ones_words = cute.recast_tensor(ones, Int32)
-            for r in cutlass.range_constexpr(4):
-                # Pinned: constants would be made anew, in registers that a running wgmma still reads.
-                ones_words[(0, r % 2, r // 2), 0, 0] = ptx.pinned(BF16_ONE)
-            token_sums = cute.make_rmem_tensor(mma.partition_shape_C((64 * self.groups, self.tile_n)), Float32)
-            total = cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), Float32)
-            total.fill(0.0)
-            cute.arch.mbarrier_wait(barriers + stage, phase)
-            at_w = start + arrays.weights + stage * arrays.weights_stage
-            self.decode(fragments, state, 0, at_w, at_w, blocks)
-            ring = (start, arrays, barriers, num_stages)
-            products = (a, b, fragments, state, ones, acc, token_sums)
-            before = stage
-            here = stage
-            for pair in cutlass.range(k_tiles // 2, unroll=1):
-                more = pair * 2 + 2 < k_tiles
-                here = stage
-                stage, phase = self.fold_tile(ring, products, mma, blocks, stage, phase, before, True, True, pair > 0)
-                before = here
-                here = stage
-                stage, phase = self.fold_tile(ring, products, mma, blocks, stage, phase, before, False, more, True)
-                before = here
-                warpgroup.wait_group(0)
-                self.fold(total, acc, token_sums, zeros, start + arrays.strips + here * arrays.strips_stage, blocks)
-            if k_tiles % 2 == 1:
-                here = stage
-                stage, phase = self.fold_tile(
-                    ring, products, mma, blocks, stage, phase, before, True, False, k_tiles > 1
-                )
-                before = here
-                warpgroup.wait_group(0)
-                self.fold(total, acc, token_sums, zeros, start + arrays.strips + here * arrays.strips_stage, blocks)
-            self.release(barriers + num_stages + before)
-            acc = total
-        else:
-            cute.arch.mbarrier_wait(barriers + stage, phase)
-            at_w = start + arrays.weights + stage * arrays.weights_stage
-            at_s = start + arrays.strips + stage * arrays.strips_stage
-            self.decode(fragments, state, 0, at_w, at_s, blocks)
-            before = stage
-            for kt in cutlass.range(k_tiles - 1, unroll=1):
-                after = stage + 1
-                after_phase = phase
-                if after == num_stages:
-                    after = Int32(0)
-                    after_phase = phase ^ 1
-                for ks in cutlass.range_constexpr(K_STEPS):
-                    if const_expr(ks == K_STEPS - 1):
-                        cute.arch.mbarrier_wait(barriers + after, after_phase)
-                        at_w = start + arrays.weights + after * arrays.weights_stage
-                        at_s = start + arrays.strips + after * arrays.strips_stage
-                    self.decode(fragments, state, (ks + 1) % K_STEPS, at_w, at_s, blocks)
-                    warpgroup.fence()
-                    cute.gemm(add, acc, a[None, None, ks], b[None, None, ks, stage], acc)
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(2)
-                    if const_expr(ks == 1):
-                        if kt > 0:
-                            self.release(barriers + num_stages + before)
-                before = stage
-                stage = after
-                phase = after_phase
-            for ks in cutlass.range_constexpr(K_STEPS):
-                if const_expr(ks < K_STEPS - 1):
-                    self.decode(fragments, state, ks + 1, at_w, at_s, blocks)
+                if const_expr(ks == K_STEPS - 1):
+                    cute.arch.mbarrier_wait(barriers + after, after_phase)
+                    at_w, at_s = self.addresses(ring, after)
+                self.decode(state, (ks + 1) % K_STEPS, at_w, at_s, blocks)
                 warpgroup.fence()
                 cute.gemm(add, acc, a[None, None, ks], b[None, None, ks, stage], acc)
                 warpgroup.commit_group()
-                if const_expr(ks < K_STEPS - 1):
-                    warpgroup.wait_group(2)
+                warpgroup.wait_group(2)
                 if const_expr(ks == 1):
-                    if k_tiles > 1:
+                    if kt > 0:
                         self.release(barriers + num_stages + before)
+            before = stage
+            stage = after
+            phase = after_phase
+        for ks in cutlass.range_constexpr(K_STEPS):
+            if const_expr(ks < K_STEPS - 1):
+                self.decode(state, ks + 1, at_w, at_s, blocks)
+            warpgroup.fence()
+            cute.gemm(add, acc, a[None, None, ks], b[None, None, ks, stage], acc)
+            warpgroup.commit_group()
+            if const_expr(ks < K_STEPS - 1):
+                warpgroup.wait_group(2)
+            if const_expr(ks == 1):
+                if k_tiles > 1:
+                    self.release(barriers + num_stages + before)
+        warpgroup.wait_group(0)
+        self.release(barriers + num_stages + stage)
+        return self.advance(ring, stage, phase)
+
+    @cute.jit
+    def multiply_groups(self, ring, mma, a, b, acc, total, state, blocks, k_tiles, stage, phase):
+        """total += scale x (the codes of one group, one k-tile, x tokens). The next k-tile is decoded as this one is
+        multiplied; behind the last one, words that nobody uses.
+        """
+        _, _, barriers, num_stages = ring
+        begin, add = self.atoms(mma)
+        cute.arch.mbarrier_wait(barriers + stage, phase)
+        at_w, at_s = self.addresses(ring, stage)
+        for ks in cutlass.range_constexpr(K_STEPS):
+            self.decode(state, ks, at_w, at_s, blocks)
+        for kt in cutlass.range(k_tiles, unroll=1):
+            _, at_s = self.addresses(ring, stage)
+            warpgroup.fence()
+            for ks in cutlass.range_constexpr(K_STEPS):
+                atom = begin if const_expr(ks == 0) else add
+                cute.gemm(atom, acc, a[None, None, ks], b[None, None, ks, stage], acc)
+                warpgroup.commit_group()
+            scales = self.row_scales(at_s, blocks)
+            before = stage
+            stage, phase = self.advance(ring, stage, phase)
+            if kt + 1 < k_tiles:
+                cute.arch.mbarrier_wait(barriers + stage, phase)
+            at_w, _ = self.addresses(ring, stage)
+            for ks in cutlass.range_constexpr(K_STEPS):
+                warpgroup.wait_group(K_STEPS - 1 - ks)
+                self.decode(state, ks, at_w, at_s, blocks)
+            self.release(barriers + num_stages + before)
+            self.add_group(total, acc, scales)
+        return stage, phase
+
+    @cute.jit
+    def multiply_codes(self, ring, mma, a, b, ones, acc, total, state, blocks, k_tiles, stage, phase):
+        """total += scale x (128 + codes) x tokens, less what that is too much: 128 + zero point times the sum of the
+        tokens' values, which a row of ones finds. A group is two k-tiles.
+        """
+        _, _, barriers, num_stages = ring
+        token_sums = self.sums(mma, 64 * self.groups, Float32)
+        ones_words = cute.recast_tensor(ones, Int32)
+        for r in cutlass.range_constexpr(4):
+            # Pinned: constants would be made anew, in registers that a running wgmma still reads.
+            ones_words[(0, r % 2, r // 2), 0, 0] = ptx.pinned(BF16_ONE)
+        operands = (a, b, ones, acc, token_sums, state)
+        cute.arch.mbarrier_wait(barriers + stage, phase)
+        at_w, at_s = self.addresses(ring, stage)
+        self.decode(state, 0, at_w, at_s, blocks)
+        before = stage
+        last = stage
+        for pair in cutlass.range(k_tiles // 2, unroll=1):
+            last = stage
+            stage, phase = self.code_tile(ring, mma, operands, blocks, stage, phase, before, True, True, pair > 0)
+            before = last
+            last = stage
+            more = pair * 2 + 2 < k_tiles
+            stage, phase = self.code_tile(ring, mma, operands, blocks, stage, phase, before, False, more, True)
+            before = last
             warpgroup.wait_group(0)
-            self.release(barriers + num_stages + stage)
-            stage += 1
-            if stage == num_stages:
-                stage = Int32(0)
-                phase ^= 1
-        return acc, stage, phase
+            self.add_codes(total, acc, token_sums, self.addresses(ring, last)[1], blocks)
+        if k_tiles % 2 == 1:
+            last = stage
+            stage, phase = self.code_tile(ring, mma, operands, blocks, stage, phase, before, True, False, k_tiles > 1)
+            before = last
+            warpgroup.wait_group(0)
+            self.add_codes(total, acc, token_sums, self.addresses(ring, last)[1], blocks)
+        self.release(barriers + num_stages + before)
+        return stage, phase
+
+    @cute.jit
+    def code_tile(
+        self, ring, mma, operands, blocks, stage, phase, before, starts: cutlass.Constexpr, more, release_before
+    ):
+        """Multiply the k-tile in `stage`, decode the first fragment of the next, waiting for it if there is one, and
+        release the stage before. Returns the ring's next stage and phase.
+        """
+        _, _, barriers, num_stages = ring
+        a, b, ones, acc, token_sums, state = operands
+        begin, add = self.atoms(mma)
+        after, after_phase = self.advance(ring, stage, phase)
+        at_w, at_s = self.addresses(ring, stage)
+        for ks in cutlass.range_constexpr(K_STEPS):
+            if const_expr(ks == K_STEPS - 1):
+                if more:
+                    cute.arch.mbarrier_wait(barriers + after, after_phase)
+                at_w, at_s = self.addresses(ring, after)
+            self.decode(state, (ks + 1) % K_STEPS, at_w, at_s, blocks)
+            warpgroup.fence()
+            atom = begin if const_expr(starts and ks == 0) else add
+            cute.gemm(atom, token_sums, ones[None, None, 0], b[None, None, ks, stage], token_sums)
+            cute.gemm(atom, acc, a[None, None, ks], b[None, None, ks, stage], acc)
+            warpgroup.commit_group()
+            warpgroup.wait_group(2)
+            if const_expr(ks == 1):
+                if release_before:
+                    self.release(barriers + num_stages + before)
+        return after, after_phase
 
     @cute.jit
     def release(self, barrier):
@@ -212,10 +275,10 @@ class WgmmaMainloop:
             cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
-    def decode(self, fragments, state, ks: cutlass.Constexpr, at_w, at_s, blocks):
+    def decode(self, state, ks: cutlass.Constexpr, at_w, at_s, blocks):
         """A fragments of k-step ks; on ks = 0 the k-tile's words and scales are read first."""
         group, warp, lane = blocks
-        words, scales, biases, consts = state
+        fragments, words, scales, biases, consts = state
         for m in cutlass.range_constexpr(self.m_units):
             block = (m * self.groups + group) * 4 + warp
             if const_expr(self.narrow or self.facts.weight_bits == 16):
@@ -223,11 +286,11 @@ class WgmmaMainloop:
             else:
                 if const_expr(ks == 0):
                     self.weights.load(words, m, at_w, block, lane, 0)
-            if const_expr(ks == 0 and not self.narrow and self.facts.has_group_scales and not self.folded):
+            if const_expr(ks == 0 and not self.narrow and self.scales_weights):
                 self.fetch_group(scales, biases, m, at_s + block * 32 + (lane // 4) * 4, consts)
             if const_expr(self.narrow):
                 regs = self.weights.fragment(words, m, ks)
-            elif const_expr(self.folded):
+            elif const_expr(self.sum_of is SumOf.CODES):
                 regs = [self.weights.codes(words, m, ks, r, consts) for r in range(4)]
             else:
                 regs = self.weights.decode(words, m, ks, scales, biases, consts)
@@ -253,7 +316,7 @@ class WgmmaMainloop:
         constant.
         """
         group, warp, lane = blocks
-        _, _, biases, consts = state
+        _, _, _, biases, consts = state
         for m in cutlass.range_constexpr(self.m_units):
             pair = None
             if const_expr(self.facts.has_zero_points):
@@ -265,84 +328,24 @@ class WgmmaMainloop:
             biases[0, m] = bias[0]
             biases[1, m] = bias[1]
 
-    def fold_channel(self, feature_tile, index, slot_at, units, blocks):
-        """What a code stands above its weight, 128 + zero point, of rows g and g + 8 of each unit; None where zero
-        points change with the group.
-        """
-        group, warp, lane = blocks
-        out = []
-        for m in range(self.m_units):
-            if self.has_group_zeros:
-                out.append(None)
-            elif self.facts.has_zero_points:
-                block = feature_tile * (self.tile_m // 16) + (m * self.groups + group) * 4 + warp
-                block = cutlass.min(block, units * 4 - 1)
-                strip = ptx.ldg64(slot_at + 16) + Int64(index) * units * STRIP_BYTES
-                pair = ptx.ldg32(strip + block * 32 + (lane // 4) * 4)
-                out.append((ptx.bf16_low_to_f32(pair) + 128.0, ptx.bf16_high_to_f32(pair) + 128.0))
-            else:
-                above = Float32(128.0 + 2.0 ** (self.facts.weight_bits - 1))
-                out.append((above, above))
-        return out
-
     @cute.jit
-    def fold_tile(
-        self, ring, products, mma, blocks, stage, phase, before, is_first: cutlass.Constexpr, more, release_before
-    ):
-        """Multiply the k-tile in `stage`, decode the first fragment of the next if there are more, release the stage
-        before. Returns the ring's next stage and phase.
-        """
-        start, arrays, barriers, num_stages = ring
-        a, b, fragments, state, ones, acc, token_sums = products
-        begin = cute.make_mma_atom(mma.op)
-        begin.set(warpgroup.Field.ACCUMULATE, False)
-        add = cute.make_mma_atom(mma.op)
-        add.set(warpgroup.Field.ACCUMULATE, True)
-        after = stage + 1
-        after_phase = phase
-        if after == num_stages:
-            after = Int32(0)
-            after_phase = phase ^ 1
-        at_w = start + arrays.weights + stage * arrays.weights_stage
-        for ks in cutlass.range_constexpr(K_STEPS):
-            if const_expr(ks == K_STEPS - 1):
-                if more:
-                    cute.arch.mbarrier_wait(barriers + after, after_phase)
-                at_w = start + arrays.weights + after * arrays.weights_stage
-            self.decode(fragments, state, (ks + 1) % K_STEPS, at_w, at_w, blocks)
-            warpgroup.fence()
-            atom = begin if const_expr(is_first and ks == 0) else add
-            cute.gemm(atom, token_sums, ones[None, None, 0], b[None, None, ks, stage], token_sums)
-            cute.gemm(atom, acc, a[None, None, ks], b[None, None, ks, stage], acc)
-            warpgroup.commit_group()
-            warpgroup.wait_group(2)
-            if const_expr(ks == 1):
-                if release_before:
-                    self.release(barriers + num_stages + before)
-        return after, after_phase
-
-    @cute.jit
-    def fold(self, total, sums, token_sums, zeros, at_s, blocks):
+    def add_codes(self, total, sums, token_sums, at_s, blocks):
         """total += scale * (sums - (128 + zero point) * token_sums), in float32."""
         group, warp, lane = blocks
         for m in cutlass.range_constexpr(self.m_units):
-            block = (m * self.groups + group) * 4 + warp
-            at = at_s + block * 32 + (lane // 4) * 4
-            above = zeros[m]
-            scales = None
-            if const_expr(self.facts.has_group_scales):
-                pair = ptx.lds32(at)
-                scales = (ptx.bf16_low_to_f32(pair), ptx.bf16_high_to_f32(pair))
-            if const_expr(self.has_group_zeros):
-                pair = ptx.lds32(at + self.tile_m * 2)
-                above = (ptx.bf16_low_to_f32(pair) + 128.0, ptx.bf16_high_to_f32(pair) + 128.0)
+            at = at_s + ((m * self.groups + group) * 4 + warp) * 32 + (lane // 4) * 4
+            pair = ptx.lds32(at)
+            scales = (ptx.bf16_low_to_f32(pair), ptx.bf16_high_to_f32(pair))
+            above = [Float32(128.0 + 2.0 ** (self.facts.weight_bits - 1))] * 2
+            if const_expr(self.facts.has_zero_points):
+                zeros = ptx.lds32(at + self.tile_m * 2)
+                above = [ptx.bf16_low_to_f32(zeros) + 128.0, ptx.bf16_high_to_f32(zeros) + 128.0]
             for n in cutlass.range_constexpr(self.tile_n // 8):
                 for half in cutlass.range_constexpr(2):
                     for i in cutlass.range_constexpr(2):
-                        value = sums[((i, half, n), m, 0)] - above[half] * token_sums[((i, half, n), 0, 0)]
-                        if const_expr(scales is not None):
-                            value = value * scales[half]
-                        total[((i, half, n), m, 0)] = total[((i, half, n), m, 0)] + value
+                        at_sum = ((i, half, n), m, 0)
+                        value = sums[at_sum] - above[half] * token_sums[((i, half, n), 0, 0)]
+                        total[at_sum] = total[at_sum] + value * scales[half]
 
     def row_scales(self, at_s, blocks):
         """Float32 scales of rows g and g + 8 of each unit in this group."""
