@@ -93,6 +93,15 @@ class Costs:
         seconds = self.measure + self.inputs * missing(candidates.inputs) + self.weights * missing(candidates.weights)
         return np.asarray(seconds + self.compile * (missing(candidates.kernels) & ~built[rows]), dtype=np.float64)
 
+    def scaled(self, *, measuring: float, compiling: float) -> Costs:
+        """Of a machine that measures and compiles in so many times the seconds."""
+        return Costs(
+            measure=self.measure * measuring,
+            inputs=self.inputs * measuring,
+            weights=self.weights * measuring,
+            compile=self.compile * compiling,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Belief:
@@ -191,7 +200,7 @@ class Guide:
         shared = posterior.between(belief.rivals[launches], pool) - posterior.between(belief.chosen[launches], pool)
         own = posterior.between(pool, pool)
         noise = posterior.field.scales.repeat**2
-        built = self._built(belief.measured)
+        built = self.built(belief.measured)
         taken: list[int] = []
         while len(taken) < min(self.batch, len(pool)):
             variance = np.maximum(own.diagonal(), 0.0) + noise
@@ -261,7 +270,8 @@ class Guide:
         rivals[at], gaps[at], deviations[at] = rows[worst], gap[worst], deviation[worst]
         return rivals, gaps, deviations
 
-    def _built(self, measured: Mask) -> Mask:
+    def built(self, measured: Mask) -> Mask:
+        """The rows whose kernels are there, [R]: those of what was measured."""
         return np.isin(self.candidates.kernels, self.candidates.kernels[measured])
 
     def _launch_index(self) -> Codes:

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from kernel_gen.space import enumerate_configs, summarise
 from kernel_gen.sweeping import arguments, heatmap, report
-from kernel_gen.sweeping.backends import Choice, choose, sweep
+from kernel_gen.sweeping.backends import Choice, choose, guided_sweep, say, sweep, table_path
+from kernel_gen.sweeping.guided import Outcome
 from kernel_gen.sweeping.measuring import Bench
 from kernel_gen.sweeping.plan import Cell, SweepRequest, plan
 from kernel_gen.sweeping.run import SweepResult
-from profiles.errors import DataError, UserError
+from profiles.errors import DataError, SpecError, UserError
 from profiles.records import Source
 
 INTERRUPTED = 130
@@ -42,11 +43,9 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
             Choice(source=Source.MEASURED) if bench else choose(options.request, options.backend, options.ray_address)
         )
         explained = explain(cells, options.request) if options.explain else {}
-        result = sweep(
-            options.request, cells, choice, live=not options.as_json, bench=bench, ray_address=options.ray_address
-        )
+        result, outcome = carry_out(options, cells, choice, bench)
         picture = draw(options.request, result, choice.source)
-        show(options, result, choice.source, picture, explained)
+        show(options, result, choice.source, picture, explained, outcome)
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
@@ -54,6 +53,19 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
         print("sweep: interrupted; finished rows are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def carry_out(
+    options: arguments.Options, cells: Sequence[Cell], choice: Choice, bench: Bench | None
+) -> tuple[SweepResult, Outcome | None]:
+    """Every candidate, or those that a latency model chooses; the outcome is that of its choices."""
+    request, live = options.request, not options.as_json
+    if options.guided is None:
+        return sweep(request, cells, choice, live=live, bench=bench, ray_address=options.ray_address), None
+    if choice.source is Source.PREDICTED:
+        found = str(choice.remark).partition(",")[0]
+        raise SpecError(f"--guided measures, but there is {found}: run it where the GPU is")
+    return guided_sweep(request, cells, options.guided.guidance(request.gpu, say), live=live, bench=bench)
 
 
 def explain(cells: Sequence[Cell], request: SweepRequest) -> dict[str, str]:
@@ -86,12 +98,17 @@ def title(request: SweepRequest, source: Source) -> str:
 
 
 def show(
-    options: arguments.Options, result: SweepResult, source: Source, picture: Path | None, explained: Mapping[str, str]
+    options: arguments.Options,
+    result: SweepResult,
+    source: Source,
+    picture: Path | None,
+    explained: Mapping[str, str],
+    outcome: Outcome | None,
 ) -> None:
     """The closing report on stdout."""
     request, crossings = options.request, report.crossovers(result.best)
     if options.as_json:
-        body = {
+        body: dict[str, object] = {
             "gpu": request.gpu.name,
             "source": source.value,
             "profile": str(request.out),
@@ -102,6 +119,8 @@ def show(
             "failures": list(result.failures),
             "rejections": dict(explained),
         }
+        if outcome is not None:
+            body["guided"] = outcome.summary() | {"table": str(table_path(request)) if outcome.table else None}
         print(json.dumps(body, indent=1))
         return
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -118,6 +137,10 @@ def show(
         highlight=False,
         soft_wrap=True,
     )
+    if outcome is not None:
+        console.print(f"guided: {outcome}", highlight=False, soft_wrap=True)
+        if outcome.table is not None:
+            console.print(f"cost table: {table_path(request)}", highlight=False, soft_wrap=True)
     if picture is not None:
         console.print(f"heat map: {picture}", highlight=False, soft_wrap=True)
 

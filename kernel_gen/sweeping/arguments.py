@@ -12,6 +12,8 @@ from pathlib import Path
 from kernel_gen.bundle import Bundle, load_bundle
 from kernel_gen.legality import ARCHITECTURES
 from kernel_gen.space import Effort
+from kernel_gen.sweeping import guided_arguments
+from kernel_gen.sweeping.guided_arguments import GuidedOptions
 from kernel_gen.sweeping.plan import (
     DEFAULT_LINEARS,
     DEFAULT_TOKENS,
@@ -42,19 +44,23 @@ examples:
   # The same command again continues where it was stopped.
   python -m kernel_gen.sweep --gpu h200 --backend cuda --bundle ./bundle --load trace.json --out h200.parquet
 
+  # Tune a model in a few minutes: measure only what a latency model is unsure of.
+  python -m kernel_gen.sweep --gpu h200 --model qwen3-30b-a3b --effort full --guided --goal 0.01 --out qwen3.parquet
+
 exit status: 0 done, 2 a mistake that you can mend (one sentence on stderr), 130 interrupted (finished rows are kept).
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The request, and how to carry it out and show it."""
+    """The request, and how to carry it out and show it. `guided`: measure by choice, not all."""
 
     request: SweepRequest
     backend: Backend
     as_json: bool
     explain: bool
     ray_address: str | None
+    guided: GuidedOptions | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--ray", metavar="ADDRESS", help="spread the work over a Ray cluster, such as auto or 10.0.0.1:6379"
     )
+    guided_arguments.add_to(made)
     out = made.add_argument_group("output")
     out.add_argument(
         "--out",
@@ -170,6 +177,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     """
     given = parser().parse_args(argv)
     gpu = gpus.gpu(given.gpu)
+    guided = guided_arguments.parse(given)
     bundle = _bundle(given.bundle, gpu)
     effort = Effort(given.effort)
     if given.seed < 0:
@@ -202,6 +210,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         as_json=given.json,
         explain=given.explain,
         ray_address=given.ray,
+        guided=guided,
     )
 
 

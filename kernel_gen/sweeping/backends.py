@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kernel_gen.sweeping import cluster, progress
 from kernel_gen.sweeping.builds import can_compile, compiled
 from kernel_gen.sweeping.detect import describe, installed_gpus, matching_gpus
+from kernel_gen.sweeping.guided import Guidance, GuidedSweep, Outcome
 from kernel_gen.sweeping.measuring import Bench, GpuBench, measure
 from kernel_gen.sweeping.plan import Backend, Cell, SweepRequest
 from kernel_gen.sweeping.predict import predict, wanted_builds
@@ -79,6 +81,36 @@ def sweep(
         return _measured(request, cells, bench, live=live)
     with _bench(request, ray_address) as own:
         return _measured(request, cells, own, live=live)
+
+
+def guided_sweep(
+    request: SweepRequest,
+    cells: Sequence[Cell],
+    guidance: Guidance,
+    *,
+    live: bool = False,
+    bench: Bench | None = None,
+) -> tuple[SweepResult, Outcome]:
+    """Measure what the guidance's model chooses; rows as `sweep` makes them. The cost table of what was chosen is
+    written beside the profile (`table_path`).
+
+    UserError and WorkerError as `sweep`; finished rows stay, whatever happens.
+    """
+    if bench is None:
+        with _bench(request, None) as own:
+            return guided_sweep(request, cells, guidance, live=live, bench=own)
+    guided = GuidedSweep(request, cells, guidance, bench, say, live=live)
+    result = run(request, cells, guided.rows, source=Source.MEASURED)
+    outcome = guided.outcome
+    assert outcome is not None  # the last row was made
+    if outcome.table is not None:
+        outcome.table.write(table_path(request))
+    return replace(result, best=outcome.best), outcome
+
+
+def table_path(request: SweepRequest) -> Path:
+    """Where the cost table of a guided sweep is."""
+    return request.out.with_suffix(".table.parquet")
 
 
 def _bench(request: SweepRequest, ray_address: str | None) -> GpuBench:

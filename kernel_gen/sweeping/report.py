@@ -143,10 +143,13 @@ def _table(panel: Sequence[Cell]) -> Table:
     ):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # rich types justify as a Literal
     base = {cell.tokens: cell.latency_us for cell in panel if cell.scheme == "w16a16"}
+    are_both = len({cell.source for cell in panel}) == 2
     for scheme, rows in groupby(panel, key=lambda cell: cell.scheme):
         for index, cell in enumerate(rows):
             speedup = f"{base[cell.tokens] / cell.latency_us:.2f}x" if cell.tokens in base else "-"
             config = cell.config if cell.is_built else f"{cell.config} (estimated facts)"
+            if are_both and cell.source is Source.PREDICTED:
+                config = f"{cell.config} (predicted)"
             table.add_row(scheme if index == 0 else "", str(cell.tokens), f"{cell.latency_us:.1f}", speedup, config)
         table.add_section()
     return table
