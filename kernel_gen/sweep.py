@@ -12,18 +12,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from kernel_gen.space import enumerate_configs, summarise
 from kernel_gen.sweeping import arguments, heatmap, report
 from kernel_gen.sweeping.backends import Choice, choose, guided_sweep, say, sweep, table_path
-from kernel_gen.sweeping.guided import Outcome
 from kernel_gen.sweeping.measuring import Bench
 from kernel_gen.sweeping.plan import Cell, SweepRequest, plan
 from kernel_gen.sweeping.run import SweepResult
 from profiles.errors import DataError, SpecError, UserError
 from profiles.records import Source
+
+if TYPE_CHECKING:
+    from kernel_gen.sweeping.guided import Outcome
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""

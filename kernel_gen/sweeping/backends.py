@@ -7,17 +7,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernel_gen.sweeping import cluster, progress
 from kernel_gen.sweeping.builds import can_compile, compiled
 from kernel_gen.sweeping.detect import describe, installed_gpus, matching_gpus
-from kernel_gen.sweeping.guided import Guidance, GuidedSweep, Outcome
 from kernel_gen.sweeping.measuring import Bench, GpuBench, measure
 from kernel_gen.sweeping.plan import Backend, Cell, SweepRequest
 from kernel_gen.sweeping.predict import predict, wanted_builds
 from kernel_gen.sweeping.run import SweepResult, run
 from profiles.errors import SpecError, UserError
 from profiles.records import ProfileRecord, Source
+
+if TYPE_CHECKING:
+    from kernel_gen.sweeping.guided import Guidance, Outcome
 
 
 def say(text: str) -> None:
@@ -99,6 +102,8 @@ def guided_sweep(
     if bench is None:
         with _bench(request, None) as own:
             return guided_sweep(request, cells, guidance, live=live, bench=own)
+    from kernel_gen.sweeping.guided import GuidedSweep  # imports what learns
+
     guided = GuidedSweep(request, cells, guidance, bench, say, live=live)
     result = run(request, cells, guided.rows, source=Source.MEASURED)
     outcome = guided.outcome

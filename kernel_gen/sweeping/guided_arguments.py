@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import profiles
-from costmodel import fit, model_file
-from costmodel.sessions import usable
-from kernel_gen.sweeping.guided import Guidance
 from profiles.errors import DataError, SpecError
 from profiles.gpus import GpuSpec
+
+if TYPE_CHECKING:
+    from kernel_gen.sweeping.guided import Guidance
 
 NO_MODEL = "none"
 _MAX_BATCH = 1024
@@ -32,6 +33,11 @@ class GuidedOptions:
 
     def guidance(self, gpu: GpuSpec, say: Callable[[str], None]) -> Guidance:
         """DataError for a model that is refused or of another GPU."""
+        # What learns needs scipy and scikit-learn, a second to import that other sweeps are spared.
+        from costmodel import fit, model_file
+        from costmodel.sessions import usable
+        from kernel_gen.sweeping.guided import Guidance
+
         base, name = None, "the analytic core"
         if self.latency_model is not None:
             base, name = model_file.read(self.latency_model), str(self.latency_model)
