@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 import kernel_gen
 from costmodel.analytic import launch_latencies, model_version
+from costmodel.facts import BuildFacts
 from kernel_gen.kernels.spec import KernelSpec
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort
@@ -99,7 +100,10 @@ def predict(request: SweepRequest, cells: Sequence[Cell], built: Mapping[KernelS
     for cell in cells:
         facts = _built_for(request, cell.workload, built)
         candidates = [cell.candidate(config) for config in kept(cell, () if request.bundle else facts)]
-        for candidate, price_us in zip(candidates, _prices_us(request, candidates, facts), strict=True):
+        used = [_facts(request, candidate, facts) for candidate in candidates]
+        launches = [candidate.launch(of_build) for candidate, of_build in zip(candidates, used, strict=True)]
+        prices_us = launch_latencies(request.gpu, launches)["latency_us"].to_numpy()
+        for candidate, of_build, price_us in zip(candidates, used, prices_us, strict=True):
             known = facts.get(candidate.config)
             failure = known.failure if known else None
             yield candidate.record(
@@ -107,7 +111,7 @@ def predict(request: SweepRequest, cells: Sequence[Cell], built: Mapping[KernelS
                 source=Source.PREDICTED,
                 outcome=failure or Measurement(status=Status.OK, latency_us=float(price_us)),
                 kernel_fingerprint=known.fingerprint if known else "",
-                versions=versions,
+                versions={**versions, "ctas_per_sm": str(of_build.ctas_per_sm)},
             )
 
 
@@ -130,20 +134,12 @@ def _built_for(
     }
 
 
-def _prices_us(
-    request: SweepRequest, candidates: Sequence[Candidate], built: Mapping[KernelConfig, Built]
-) -> npt.NDArray[np.float64]:
-    launches = []
-    for candidate in candidates:
-        known = built.get(candidate.config)
-        facts = known.facts if known else None
-        work = candidate.workload
-        launches.append(
-            candidate.launch(
-                facts or estimated_facts(candidate.config, work.slots, request.gpu, max_experts=work.max_experts)
-            )
-        )
-    return launch_latencies(request.gpu, launches)["latency_us"].to_numpy()
+def _facts(request: SweepRequest, candidate: Candidate, built: Mapping[KernelConfig, Built]) -> BuildFacts:
+    """The build's, or estimates where there is none."""
+    known, work = built.get(candidate.config), candidate.workload
+    if known is not None and known.facts is not None:
+        return known.facts
+    return estimated_facts(candidate.config, work.slots, request.gpu, max_experts=work.max_experts)
 
 
 def model_versions(*, with_compiler: bool) -> dict[str, str]:
