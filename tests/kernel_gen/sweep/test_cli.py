@@ -221,4 +221,4 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert option in text
     examples = [line for line in arguments.EXAMPLES.splitlines() if "kernel_gen.sweep" in line]
-    assert len(examples) == 3
+    assert len(examples) == 4
