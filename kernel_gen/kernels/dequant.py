@@ -20,6 +20,9 @@ BF16_ONE = 0x3F803F80
 BF16_MINUS_ONE = 0xBF80BF80
 BF16_MINUS_128 = 0xC300C300
 BF16_MINUS_ZERO = 0x80008000
+INT8_HIGH = -0x0F0F0F10  # 0xF0F0F0F0: q in the high nibble is 16 q
+E4M3_LOW = 0x07070707
+SIGNS = -0x7F7F7F80  # 0x80808080
 
 
 class Bf16Weights:
@@ -121,37 +124,40 @@ class NarrowWeights:
     def __init__(self, math: Math, num_bits: int, k_steps: int, unit_bytes: int) -> None:
         self.math, self.k_steps, self.unit_bytes = math, k_steps, unit_bytes
         self.widen = num_bits == 4 and math is not Math.INT4
-        self.words = 8 if self.widen else 4
+        self.words = 4 * (k_steps // 2 if self.widen else k_steps)
         self.extra_scale = {Math.INT8: 1 / 16, Math.E4M3: 2.0**9}[math] if self.widen else 1.0
 
     @cute.jit
-    def load(self, regs, m: cutlass.Constexpr, base, block, lane, ks: cutlass.Constexpr):
-        """The four A registers of k-step ks for one m16 block; widened weights come for two k-steps, on even ks."""
+    def load(self, words, m: cutlass.Constexpr, base, block, lane, ks: cutlass.Constexpr):
+        """Words of k-step ks for one m16 block; those that are widened come for two k-steps, on even ks."""
         unit = base + (block // 4) * self.unit_bytes
         w = block % 4
         if const_expr(self.widen):
             if const_expr(ks % 2 == 0):
                 got = ptx.lds128(unit + w * 1024 + (ks // 2) * 512 + lane * 16)
                 for j in cutlass.range_constexpr(4):
-                    even, odd = self.widened(got[j])
-                    regs[2 * j, m] = even
-                    regs[2 * j + 1, m] = odd
+                    words[2 * ks + j, m] = got[j]
         else:
             got = ptx.lds128(unit + w * (512 * self.k_steps) + ks * 512 + lane * 16)
             for j in cutlass.range_constexpr(4):
-                regs[j, m] = got[j]
+                words[4 * ks + j, m] = got[j]
 
-    def widened(self, word):
-        """Bytes of the low nibbles and of the high ones."""
+    def fragment(self, words, m, ks):
+        """The four A registers of k-step ks: of widened words the low nibbles on even ks, the high ones on odd."""
+        if not self.widen:
+            return [words[4 * ks + r, m] for r in range(4)]
+        widen = self.low_nibbles if ks % 2 == 0 else self.high_nibbles
+        return [widen(words[4 * (ks // 2) + r, m]) for r in range(4)]
+
+    def low_nibbles(self, word):
         if self.math is Math.INT8:
-            return (word << 4) & Int32(-0x0F0F0F10), word & Int32(-0x0F0F0F10)
-        signs = Int32(-0x7F7F7F80)
-        magnitudes = Int32(0x07070707)
-        return (word & magnitudes) | ((word << 4) & signs), ((word >> 4) & magnitudes) | (word & signs)
+            return (word << 4) & Int32(INT8_HIGH)
+        return (word & Int32(E4M3_LOW)) | ((word << 4) & Int32(SIGNS))
 
-    def fragment(self, regs, m, ks):
-        first = 4 * (ks % 2) if self.widen else 0
-        return [regs[first + r, m] for r in range(4)]
+    def high_nibbles(self, word):
+        if self.math is Math.INT8:
+            return word & Int32(INT8_HIGH)
+        return ((word >> 4) & Int32(E4M3_LOW)) | (word & Int32(SIGNS))
 
 
 def _shift(word, amount):

@@ -173,8 +173,9 @@ class WgmmaMainloop:
 
     @cute.jit
     def multiply_groups(self, ring, mma, a, b, acc, total, state, blocks, k_tiles, stage, phase):
-        """total += scale x (the codes of one group, one k-tile, x tokens). The next k-tile is decoded as this one is
-        multiplied; behind the last one, words that nobody uses.
+        """total += scale x (the codes of one group, one k-tile, x tokens). The next k-tile's words are read as this one
+        is multiplied (behind the last one, words that nobody uses). Fragments wait for the end: several slots with
+        fragments of a running wgmma changed piece by piece are serialised.
         """
         _, _, barriers, num_stages = ring
         begin, add = self.atoms(mma)
@@ -196,8 +197,10 @@ class WgmmaMainloop:
                 cute.arch.mbarrier_wait(barriers + stage, phase)
             at_w, _ = self.addresses(ring, stage)
             for ks in cutlass.range_constexpr(K_STEPS):
-                warpgroup.wait_group(K_STEPS - 1 - ks)
-                self.decode(state, ks, at_w, at_s, blocks)
+                self.load(state, ks, at_w, at_s, blocks)
+            warpgroup.wait_group(0)
+            for ks in cutlass.range_constexpr(K_STEPS):
+                self.fill(state, ks)
             self.release(barriers + num_stages + before)
             self.add_group(total, acc, scales)
         return stage, phase
@@ -277,17 +280,26 @@ class WgmmaMainloop:
     @cute.jit
     def decode(self, state, ks: cutlass.Constexpr, at_w, at_s, blocks):
         """A fragments of k-step ks; on ks = 0 the k-tile's words and scales are read first."""
+        self.load(state, ks, at_w, at_s, blocks)
+        self.fill(state, ks)
+
+    @cute.jit
+    def load(self, state, ks: cutlass.Constexpr, at_w, at_s, blocks):
+        """Packed words of k-step ks to registers, or of the whole k-tile on ks = 0; then scales of weights too."""
         group, warp, lane = blocks
-        fragments, words, scales, biases, consts = state
+        _, words, scales, biases, consts = state
         for m in cutlass.range_constexpr(self.m_units):
             block = (m * self.groups + group) * 4 + warp
-            if const_expr(self.narrow or self.facts.weight_bits == 16):
+            if const_expr(ks == 0 or self.narrow or self.facts.weight_bits == 16):
                 self.weights.load(words, m, at_w, block, lane, ks)
-            else:
-                if const_expr(ks == 0):
-                    self.weights.load(words, m, at_w, block, lane, 0)
             if const_expr(ks == 0 and not self.narrow and self.scales_weights):
                 self.fetch_group(scales, biases, m, at_s + block * 32 + (lane // 4) * 4, consts)
+
+    @cute.jit
+    def fill(self, state, ks: cutlass.Constexpr):
+        """A fragments of k-step ks from the words."""
+        fragments, words, scales, biases, consts = state
+        for m in cutlass.range_constexpr(self.m_units):
             if const_expr(self.narrow):
                 regs = self.weights.fragment(words, m, ks)
             elif const_expr(self.sum_of is SumOf.CODES):
