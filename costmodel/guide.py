@@ -222,30 +222,28 @@ class Guide:
         """How much slower the choices are than the best would be, a fraction, mean over launches: over draws of what
         the latencies may be, of some launches where there are many.
         """
-        drawn, launches = self.draws(belief, seed=seed)
-        place = {launch: position for position, launch in enumerate(np.unique(launches))}
-        index = np.asarray([place[launch] for launch in launches], dtype=np.intp)
-        least = np.full((len(place), drawn.shape[1]), np.inf)
+        drawn, rows = self.draws(belief, seed=seed)
+        index = np.unique(self.candidates.launches[rows], return_inverse=True)[1]
+        least = np.full((int(index.max()) + 1, drawn.shape[1]), np.inf)
         np.minimum.at(least, index, drawn)
-        is_chosen = np.isin(self._drawn_rows(belief, seed), belief.chosen)
+        is_chosen = np.isin(rows, belief.chosen)
         chosen = np.empty_like(least)
         chosen[index[is_chosen]] = drawn[is_chosen]
         return float(np.expm1(chosen - least).mean())
 
     def draws(self, belief: Belief, *, seed: int = 0) -> tuple[Array, Codes]:
-        """Joint draws of log latency [rows, draws] of the candidates of some launches, and each row's launch."""
-        rows = self._drawn_rows(belief, seed)
+        """Joint draws of log latency [rows, draws] of some launches' candidates, and their rows: all that did not fail,
+        of as many launches as give _MAX_DRAWN rows, drawn by lot.
+        """
+        names, sizes = np.unique(self.candidates.launches, return_counts=True)
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(names))
+        some = order[: max(1, int(np.searchsorted(np.cumsum(sizes[order]), _MAX_DRAWN)))]
+        rows = np.flatnonzero(np.isin(self.candidates.launches, names[some]) & np.isfinite(belief.log_us))
         covariance = belief.posterior.between(rows, rows)
         covariance[np.diag_indices(len(rows))] += 1e-8
-        normal = np.random.default_rng(seed).standard_normal((len(rows), _NUM_DRAWS))
-        return belief.log_us[rows, None] + np.linalg.cholesky(covariance) @ normal, self.candidates.launches[rows]
-
-    def _drawn_rows(self, belief: Belief, seed: int) -> Codes:
-        """All candidates that did not fail of as many launches as give _MAX_DRAWN rows, drawn by lot."""
-        names, sizes = np.unique(self.candidates.launches, return_counts=True)
-        order = np.random.default_rng(seed).permutation(len(names))
-        some = order[: max(1, int(np.searchsorted(np.cumsum(sizes[order]), _MAX_DRAWN)))]
-        return np.flatnonzero(np.isin(self.candidates.launches, names[some]) & np.isfinite(belief.log_us))
+        normal = rng.standard_normal((len(rows), _NUM_DRAWS))
+        return belief.log_us[rows, None] + np.linalg.cholesky(covariance) @ normal, rows
 
     def _base(self, known: Codes, log_us: Array) -> tuple[Array, Scales]:
         if self.base_log_us is not None:

@@ -13,20 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import optuna
-import pandas as pd
 
-from costmodel import features
-from costmodel.fit import MIN_ROWS, read_profiles
-from costmodel.groups import HeldOut, group_labels, launch_ids
+from costmodel import worth_check
+from costmodel.fit import read_profiles
 from costmodel.guide import Belief, Candidates, Guide, best_rows
-from costmodel.model import LatencyModel
+from costmodel.recorded import Recorded, recorded
 from costmodel.replay_report import markdown, plot
 from costmodel.sessions import usable
 from profiles.atomic import replacing
@@ -57,63 +55,8 @@ class Point:
     expected_regret: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Recorded:
-    """One model's rows as candidates, what each took, and the model that is the base when it is tuned (None: core)."""
-
-    name: str
-    candidates: Candidates
-    latency_us: Array
-    base: LatencyModel | None
-
-    def guide(self, batch: int, *, with_base: bool = True) -> Guide:
-        """Over these candidates."""
-        return Guide.of(self.candidates, self.base if with_base else None, batch=batch)
-
-
 Strategy = Callable[[Recorded, int, int], Iterator[tuple[Codes, Belief | None]]]
 """Given a model, a batch's size and a seed: yields what it has chosen to measure next, and what it believed before."""
-
-
-def recorded(rows: pd.DataFrame, *, seed: int = 0) -> list[Recorded]:
-    """Every model of a profile's finished rows, with a base that was fitted on the others.
-
-    Raises:
-        DataError: no launch was measured with two configurations.
-    """
-    names = group_labels(rows, HeldOut.MODEL)
-    X, y = features.of_profile(rows), rows["latency_us"].to_numpy(dtype=np.float64)
-    found = []
-    for name in pd.unique(names):
-        own = names == name
-        base = None
-        if (~own).sum() >= MIN_ROWS:
-            base = LatencyModel(num_folds=2, random_state=seed).fit(X[~own], y[~own])
-        candidates = candidates_of(rows[own].reset_index(drop=True), X[own].reset_index(drop=True))
-        if len(np.unique(candidates.launches)) < len(candidates):
-            found.append(Recorded(name=str(name), candidates=candidates, latency_us=y[own], base=base))
-    if not found:
-        raise DataError("nothing to replay: no launch was measured with two configurations")
-    return found
-
-
-def candidates_of(rows: pd.DataFrame, X: pd.DataFrame) -> Candidates:
-    """A profile's rows, with their features, as candidates."""
-    mixes = ["+".join(names) for names in rows["schemes"]]
-    slots = ["+".join(sorted(set(names))) for names in rows["schemes"]]
-    weights = [f"{n} {k} {mix}" for n, k, mix in zip(rows["n"], rows["k"], mixes, strict=True)]
-    launches = launch_ids(rows)
-    return Candidates(
-        features=X,
-        launches=np.asarray(launches, dtype=np.intp),
-        kernels=_codes([f"{config} {used}" for config, used in zip(rows["config"], slots, strict=True)]),
-        inputs=np.asarray(launches, dtype=np.intp),
-        weights=_codes(weights),
-    )
-
-
-def _codes(names: Sequence[str]) -> Codes:
-    return np.asarray(pd.factorize(np.asarray(names, dtype=object))[0], dtype=np.intp)
 
 
 def guided(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
@@ -237,15 +180,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for a user's mistake, whose sentence goes to stderr."""
     arguments = _parser().parse_args(argv)
     try:
-        models = recorded(usable(read_profiles(arguments.profile)), seed=arguments.seed)
+        rows = usable(read_profiles(arguments.profile))
+        models = recorded(rows, seed=arguments.seed)
         curves: list[Point] = []
         for name in STRATEGIES:
             for data in models:
                 print(f"{name}: {data.name}, {len(data.candidates)} candidates", file=sys.stderr)
                 curves += replay(data, name, batch=arguments.batch, max_share=arguments.max_share, seed=arguments.seed)
         exhaustive = {each.name: _exhaustive_seconds(each) for each in models}
-        text = markdown(curves, exhaustive, goal=GOAL)
-        _write(arguments.out, curves, exhaustive, text)
+        checks = worth_check.check(rows, seed=arguments.seed)
+        text = f"{markdown(curves, exhaustive, goal=GOAL)}\n\n{worth_check.markdown(checks)}"
+        body = {
+            "exhaustive_seconds": exhaustive,
+            "points": [asdict(point) for point in curves],
+            "worth": [asdict(each) for each in checks],
+        }
+        _write(arguments.out, curves, body, text)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -258,8 +208,7 @@ def _exhaustive_seconds(data: Recorded) -> float:
     return data.guide(1).costs.of(data.candidates, every, np.zeros(len(every), dtype=np.bool_))
 
 
-def _write(folder: Path, curves: Sequence[Point], exhaustive: dict[str, float], text: str) -> None:
-    body = {"exhaustive_seconds": exhaustive, "points": [asdict(point) for point in curves]}
+def _write(folder: Path, curves: Sequence[Point], body: Mapping[str, object], text: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "replay.json") as temporary:

@@ -19,6 +19,7 @@ from rich.console import Console
 from kernel_gen.space import enumerate_configs, summarise
 from kernel_gen.sweeping import arguments, heatmap, report
 from kernel_gen.sweeping.backends import Choice, choose, guided_sweep, say, sweep, table_path
+from kernel_gen.sweeping.guided_arguments import GuidedOptions
 from kernel_gen.sweeping.measuring import Bench
 from kernel_gen.sweeping.plan import Cell, SweepRequest, plan
 from kernel_gen.sweeping.run import SweepResult
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
     try:
         options = arguments.parse(argv)
         cells = plan(options.request)
+        if options.guided is not None and options.guided.only_worth:
+            show_worth(options, cells, options.guided)
+            return 0
         choice = (
             Choice(source=Source.MEASURED) if bench else choose(options.request, options.backend, options.ray_address)
         )
@@ -56,6 +60,16 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
         print("sweep: interrupted; finished rows are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def show_worth(options: arguments.Options, cells: Sequence[Cell], guided: GuidedOptions) -> None:
+    """What tuning would gain and take, on stdout."""
+    from kernel_gen.sweeping.worth import worth  # imports what learns
+
+    request = options.request
+    found = worth(request, cells, guided.guidance(request.gpu, say))
+    models = ", ".join(model.name for model in request.models)
+    print(json.dumps(found.summary(), indent=1) if options.as_json else f"{models} on {request.gpu.name}, {found}")
 
 
 def carry_out(

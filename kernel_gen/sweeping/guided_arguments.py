@@ -22,7 +22,10 @@ _NEEDS_GUIDED = ("latency_model", "goal", "max_measurements", "max_seconds", "ba
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidedOptions:
-    """What the command line says; `guidance` makes it ready, which may take the seconds of fitting a model."""
+    """What the command line says; `guidance` makes it ready, which may take the seconds of fitting a model.
+
+    `only_worth`: nothing is to be measured.
+    """
 
     latency_model: Path | None
     without_model: bool
@@ -30,6 +33,7 @@ class GuidedOptions:
     max_measurements: int | None
     max_seconds: float | None
     batch: int
+    only_worth: bool
 
     def guidance(self, gpu: GpuSpec, say: Callable[[str], None]) -> Guidance:
         """DataError for a model that is refused or of another GPU."""
@@ -71,6 +75,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         help="a latency model chooses what to measure next, until little would be gained by going on",
     )
     guided.add_argument(
+        "--worth",
+        action="store_true",
+        help="measure nothing: say what guided measuring is expected to gain, and how long it takes",
+    )
+    guided.add_argument(
         "--latency-model",
         metavar="FILE",
         help="made by python -m costmodel.fit, to begin from; none: the analytic core"
@@ -88,15 +97,15 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(given: argparse.Namespace) -> GuidedOptions | None:
-    """None without --guided. SpecError for what cannot be."""
-    if not given.guided:
+    """None without --guided or --worth. SpecError for what cannot be."""
+    if not (given.guided or given.worth):
         for name in _NEEDS_GUIDED:
             if getattr(given, name) is not None:
                 raise SpecError(f"--{name.replace('_', '-')} is an option of --guided, which is not given")
         return None
     if given.ray is not None:
         raise SpecError("--guided measures on this machine: leave out --ray")
-    if given.backend == "predict":
+    if given.backend == "predict" and not given.worth:
         raise SpecError("--guided measures: leave out --backend predict")
     goal = 0.01 if given.goal is None else given.goal
     batch = 32 if given.batch is None else given.batch
@@ -115,4 +124,5 @@ def parse(given: argparse.Namespace) -> GuidedOptions | None:
         max_measurements=given.max_measurements,
         max_seconds=given.max_seconds,
         batch=batch,
+        only_worth=given.worth,
     )

@@ -17,7 +17,9 @@ from costmodel.features import of_profile
 from costmodel.groups import launch_ids
 from costmodel.guide import Candidates, Costs, Guide, best_rows, expected_loss
 from costmodel.model import LatencyModel
-from costmodel.replay import STRATEGIES, Recorded, candidates_of, recorded, replay
+from costmodel.recorded import Recorded, candidates_of, recorded
+from costmodel.replay import STRATEGIES, replay
+from costmodel.worth import gain_over, rehearse
 from profiles.errors import DataError, SpecError
 from profiles.records import ProfileRecord
 from profiles.store import ProfileStore
@@ -142,6 +144,9 @@ def test_replay_command(rows: pd.DataFrame, tmp_path: Path, capsys: pytest.Captu
     body = json.loads((tmp_path / "out" / "replay.json").read_text())
     assert {point["strategy"] for point in body["points"]} == set(STRATEGIES)
     assert body["exhaustive_seconds"].keys() == {"alpha", "beta"}
+    assert [each["num_questions"] for each in body["worth"]] == [6, 6]  # three schemes of two models
+    assert all(abs(each["predicted"] - each["realised"]) < 0.05 for each in body["worth"])
+    assert "| the analytic model's pick | 6 |" in out
     assert replay_command.main(["--profile", str(tmp_path / "no.parquet"), "--out", str(tmp_path)]) == 2
     assert "no such profile" in capsys.readouterr().err
 
@@ -157,3 +162,34 @@ def test_too_little_is_refused(rows: pd.DataFrame) -> None:
             features=some.features, launches=some.launches[:2], kernels=some.kernels, inputs=some.inputs,
             weights=some.weights,
         )  # fmt: skip
+
+
+def test_gain_holds_what_measuring_gains(models: list[Recorded]) -> None:
+    data = models[1]
+    guide, y = data.guide(16), data.latency_us
+    none, unknown = np.zeros(len(y), dtype=np.bool_), np.full(len(y), np.nan)
+    default = np.unique(guide.candidates.launches, return_index=True)[1]  # each launch's first configuration
+    gain = gain_over(guide, guide.believe(none, unknown), default)
+    best = y[best_rows(y, guide.candidates.launches)]
+    assert gain.low <= (1.0 - best / y[default]).mean() <= gain.high
+    assert gain.low < gain.expected < gain.high
+    every = guide.believe(~none, y)
+    certain = gain_over(guide, every, every.chosen)
+    assert certain.high < 0.005  # nothing is left to gain
+
+
+def test_rehearsal_is_near_the_performance(models: list[Recorded]) -> None:
+    data = models[0]
+    guide, none, unknown = (
+        data.guide(8),
+        np.zeros(len(data.latency_us), dtype=np.bool_),
+        np.full(len(data.latency_us), np.nan),
+    )
+    effort = rehearse(guide, none, unknown, goal=0.01, max_measurements=1000)
+    stop = next(
+        point for point in replay(data, "guided", batch=8) if point.expected_regret and point.expected_regret <= 0.01
+    )
+    assert 0 < effort.num_measurements < 3 * stop.num_measured + 24
+    assert effort.seconds > 0
+    few = rehearse(guide, none, unknown, goal=0.0, max_measurements=20)
+    assert few.num_measurements == 20

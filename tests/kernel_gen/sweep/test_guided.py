@@ -188,3 +188,20 @@ def test_committed_profiles_are_found() -> None:
     assert all(path.suffix == ".parquet" for path in guided_arguments.committed(gpus.gpu("h200")))
     assert guided_arguments.committed(gpus.gpu("h200"))
     assert guided_arguments.committed(gpus.gpu("rtx4090")) == []
+
+
+def test_worth_measures_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Without a GPU, and without a bench."""
+    words = SMALL.replace("--guided", "--worth --backend predict")
+    assert main([*words.split(), "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["num_launches"] == 18
+    assert body["over_model"] is None
+    assert 0 <= body["over_default"]["low"] < body["over_default"]["expected"] < body["over_default"]["high"] < 1
+    assert 0 < body["guided"]["num_measurements"] <= body["exhaustive"]["num_measurements"] == body["num_candidates"]
+    assert 0 < body["guided"]["seconds"] < body["exhaustive"]["seconds"]
+    assert main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("olmoe-1b-7b on rtx4090, 18 launches")
+    assert "minutes" in out
+    assert not list(tmp_path.iterdir())
