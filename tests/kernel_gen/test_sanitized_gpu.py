@@ -27,3 +27,15 @@ def test_a_small_launch(config: str, names: tuple[str, ...], record_property) ->
     record_property("kernel", f"{kernel.spec.label} {kernel.spec.fingerprint()}")
     schemes = tuple(names[i % len(names)] for i in range(len(LOAD)))
     assert run(kernel, Case(n=200, k=328, counts=LOAD, scheme_names=schemes)) is None
+
+
+@pytest.mark.parametrize("num_blocks", [9], ids=["control_9_blocks"])
+def test_the_control_is_right(num_blocks: int, record_property) -> None:
+    """What the sanitizer says of the wgmma family is judged by what it says of this."""
+    from tests.kernel_gen.bulk_pipeline import WORDS, compiled
+
+    record_property("kernel", "bulk_pipeline control")
+    x = torch.arange(num_blocks * WORDS, dtype=torch.int32, device="cuda").view(num_blocks, WORDS)
+    y = torch.zeros(WORDS, dtype=torch.int32, device="cuda")
+    compiled()(x, y)
+    assert torch.equal(y, x.sum(0, dtype=torch.int32))
