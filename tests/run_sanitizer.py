@@ -63,7 +63,12 @@ def finding(name: str, folder: Path, exit_code: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.run_sanitizer", description=__doc__.splitlines()[0])
-    parser.add_argument("--families", nargs="+", default=["mma", "wgmma", "control"], help="kernel families, and the control [%(default)s]")
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        default=["mma", "wgmma", "control"],
+        help="kernel families, and the control [%(default)s]",
+    )
     parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"), help="folder of the logs [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("tests/reports"), help="folder of the report [%(default)s]")
     arguments = parser.parse_args(argv)

@@ -13,9 +13,9 @@ from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SINGLE, WGM
 pytestmark = pytest.mark.gpu
 
 LOAD = (3, 0, 17, 1, 40, 0, 5)
-LARGE_TILES = (MIDDLE, WGMMA_CONFIGS[2])
+OTHER_TILES = (MIDDLE, WGMMA_CONFIGS[0], WGMMA_CONFIGS[2])
 WATCHED = [(config, (name,)) for config, name in SINGLE if config in (DECODE, WGMMA_CONFIGS[1])]
-WATCHED += [(config, (name,)) for config, name in SINGLE if config in LARGE_TILES and ("128" in name or "a8" in name)]
+WATCHED += [(config, (name,)) for config, name in SINGLE if config in OTHER_TILES and ("128" in name or "a8" in name)]
 WATCHED += [(config, names) for config, names in MIXED if config in (DECODE, WGMMA_CONFIGS[1])]
 
 
