@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MIN_REPLAY_US = 400.0
 MAX_LAUNCHES_PER_GRAPH = 128
+FLUSH_BYTES = 256 << 20
+"""Written between launches that are timed one by one: more than any GPU's L2 holds."""
 _REFERENCE_SIZE = (
     4096  # a bf16 GEMM of this side: 0.2 ms on an H200, 0.9 ms on an RTX 4090; long enough to feel the power cap
 )
@@ -154,6 +156,27 @@ class GpuClock:
             sm_clock_mhz=statistics.median(clocks),
             reference_ratio=statistics.median(references) / self._calm_reference_us,
         )
+
+    def time_single(self, launch: Callable[[], None], samples: int = 30) -> float:
+        """The median time of a replay of one launch alone, microseconds, with everything pushed out of L2 before: what
+        a benchmark reports that times launches one by one. Unlike :meth:`time_launches` it holds what a replay costs.
+        """
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        pairs = []
+        for _ in range(samples):
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            graph.replay()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return float(statistics.median(1e3 * begin.elapsed_time(end) for begin, end in pairs))
 
     def _batch(self, graph: torch.cuda.CUDAGraph, replays: int) -> tuple[list[float], float]:
         """`replays` replays queued at once, their times in microseconds, and the SM clock while they ran."""

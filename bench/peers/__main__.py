@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,10 +51,11 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
     UserError: no GPU that can be used, options that cannot be, a folder that cannot be written.
     """
     shapes = [model(name) for name in arguments.models]
-    from bench.peers.device import open_device
+    from bench.peers.device import check_gpu, open_device
     from bench.peers.measured_report import measured_markdown
-    from bench.peers.measuring import Cell, measure, read_measured
+    from bench.peers.measuring import Cell, measure, read_measured, specs_of
 
+    gpu = check_gpu()
     cells = [
         Cell(model=shape.name, linear=linear, tokens=tokens, draw=draw, scheme=scheme)
         for shape in shapes
@@ -63,12 +65,14 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
         for draw in arguments.draws
     ]
     recorded = read_launches(arguments.profiles or RECORDED)
-    device, path = open_device(), arguments.out / "measured.parquet"
+    path = arguments.out / "measured.parquet"
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        for cell, rows in measure(cells, device, recorded, path):
-            print(f"{' '.join(map(str, cell.key))}: {len(rows)} contenders", file=sys.stderr)
-        text = measured_markdown(read_measured(path), command=command)
+        with tempfile.TemporaryDirectory() as folder:
+            device = open_device(gpu, specs_of(cells, gpu, recorded), Path(folder))
+            for cell, rows in measure(cells, device, recorded, path):
+                print(f"{' '.join(map(str, cell.key))}: {len(rows)} contenders", file=sys.stderr)
+        text = measured_markdown(read_measured(path), read_peers(), command=command)
         write_text(text, arguments.out / "measured.md")
     except OSError as error:
         raise _unwritable(arguments.out, error) from error

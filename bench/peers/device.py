@@ -1,24 +1,39 @@
-"""The GPU of a `--measure` run: torch's current CUDA device, with kernels compiled in process."""
+"""The GPU of a `--measure` run: torch's current CUDA device, with kernels compiled before, in parallel."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from bench.peers.measuring import Device
 from bench.peers.roofline import H200
-from kernel_gen.library import library_of
+from kernel_gen.build import compile_and_gate
+from kernel_gen.bundle import write_bundle
+from kernel_gen.cache import KernelCache, default_cache_dir
+from kernel_gen.kernels import KernelSpec
+from kernel_gen.library import KernelLibrary, library_of
 from kernel_gen.timing import GpuClock
 from profiles.errors import SpecError, UserError
+from profiles.gpus import GpuSpec
 
 
-def open_device() -> Device:
+def check_gpu() -> GpuSpec:
     """SpecError: torch sees no GPU, or another than the one whose roofline is known."""
     if not torch.cuda.is_available():
         raise SpecError("--measure: torch sees no GPU; leave it out to compare recorded launches")
+    gpu = library_of(torch.cuda.current_device()).gpu
+    if gpu.name != H200.gpu:
+        raise SpecError(f"--measure: the roofline was measured on {H200.gpu}, this GPU is {gpu.name}")
+    return gpu
+
+
+def open_device(gpu: GpuSpec, specs: Sequence[KernelSpec], folder: Path) -> Device:
+    """Torch's device, with these kernels linked into a bundle in `folder`."""
+    gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()))
+    library = KernelLibrary(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
     index = torch.cuda.current_device()
-    library = library_of(index)
-    if library.gpu.name != H200.gpu:
-        raise SpecError(f"--measure: the roofline was measured on {H200.gpu}, this GPU is {library.gpu.name}")
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     failures: tuple[type[Exception], ...] = (RuntimeError, UserError)
     try:

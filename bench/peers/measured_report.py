@@ -1,17 +1,52 @@
-"""The Markdown of a `--measure` run: ours beside the others of the same run, and who failed."""
+"""The Markdown of a `--measure` run: ours beside the run's others and the published fractions, and who failed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
 from bench.peers.contenders import OURS
 from bench.peers.measuring import CELL
+from bench.peers.published import Key, Peer
 from bench.peers.recorded import MEAN_BAR, RATIO_BAR, geometric_mean
-from bench.peers.tables import one, table, two
+from bench.peers.roofline import peer_class
+from bench.peers.routing import Draw
+from bench.peers.tables import Formats, one, table, two
+from profiles import schemes
 from profiles.records import Status
+
+
+def against_published(measured: pd.DataFrame, peers: Mapping[Key, Peer]) -> pd.DataFrame:
+    """A row a cell of the peers' draw that they published and ours finished: ours timed as they were, one launch a
+    replay, so that both hold the cost of a replay. `ratio`: our fraction of the roofline over theirs.
+    """
+    ours = measured[
+        (measured["status"] == Status.OK.value)
+        & (measured["contender"] == OURS)
+        & (measured["draw"] == Draw.PEERS.value)
+    ]
+    rows = []
+    for _, cell in ours.groupby(list(CELL), sort=False):
+        own = cell.nsmallest(1, "single_us").iloc[0]
+        group = peer_class(schemes.parse(own["scheme"]))
+        peer = None if group is None else peers.get((own["model"], own["linear"], int(own["tokens"]), group))
+        if group is None or peer is None:
+            continue
+        fraction = own["roofline_us"] / own["single_us"]
+        rows.append(
+            {
+                **{name: own[name] for name in ("model", "linear", "tokens", "scheme", "config", "single_us")},
+                "peer_class": group.value,
+                "fraction": fraction,
+                "peer": peer.name,
+                "peer_fraction": peer.fraction,
+                "ratio": fraction / peer.fraction,
+            }
+        )
+    names = ["model", "linear", "tokens", "scheme", "config", "single_us"]
+    return pd.DataFrame(rows, columns=[*names, "peer_class", "fraction", "peer", "peer_fraction", "ratio"])
 
 
 def best(measured: pd.DataFrame) -> pd.DataFrame:
@@ -38,9 +73,35 @@ def best(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*CELL, "config", "latency_us", "fraction", "other", "other_us", "ratio"])
 
 
-def measured_markdown(measured: pd.DataFrame, *, command: str) -> str:
+def measured_markdown(measured: pd.DataFrame, peers: Mapping[Key, Peer], *, command: str) -> str:
     """The whole report."""
-    return "\n".join(_lines(measured, command)) + "\n"
+    lines = [*_lines(measured, command), *_published(against_published(measured, peers)), *_failed(measured)]
+    return "\n".join(lines) + "\n"
+
+
+def _published(cells: pd.DataFrame) -> Iterator[str]:
+    yield from ("", "## Against the published fractions", "")
+    yield "The same loads in distribution, one launch a replay, L2 cold: as the peers were timed, on another H200."
+    yield from ("Ratio: our fraction of the roofline over theirs.", "")
+    for by in ("tokens", "peer_class", "model"):
+        found = [
+            {by: value, "cells": len(rows), "mean": geometric_mean(rows["ratio"]), "below": (rows["ratio"] < 1).sum()}
+            for value, rows in [*cells.groupby(by, sort=True), ("all", cells)]
+        ]
+        frame = pd.DataFrame(found, columns=[by, "cells", "mean", "below"])
+        yield from table(frame, {by: str, "cells": str, "mean": two, "below": str}, [by, "cells", "mean", "below 1"])
+        yield ""
+    formats: Formats = dict.fromkeys(("model", "linear", "tokens", "scheme", "config"), str)
+    numbers: Formats = {"single_us": one, "fraction": two, "peer": str, "peer_fraction": two, "ratio": two}
+    headings = ["model", "linear", "tokens", "scheme", "configuration", "ours us", "ours", "peer", "theirs", "ratio"]
+    yield from table(cells.sort_values("ratio"), {**formats, **numbers}, headings)
+
+
+def _failed(measured: pd.DataFrame) -> Iterator[str]:
+    failed = measured[measured["status"] != Status.OK.value]
+    yield from ("", f"## Failures: {len(failed)}", "")
+    names = ("model", "linear", "tokens", "draw", "scheme", "contender", "config", "status", "error")
+    yield from table(failed, dict.fromkeys(names, str), names)
 
 
 def _lines(measured: pd.DataFrame, command: str) -> Iterator[str]:
@@ -75,7 +136,3 @@ def _lines(measured: pd.DataFrame, command: str) -> Iterator[str]:
             *("its us", "theirs / ours"),
         ],
     )
-    failed = measured[measured["status"] != Status.OK.value]
-    yield from ("", f"## Failures: {len(failed)}", "")
-    names = ("model", "linear", "tokens", "draw", "scheme", "contender", "config", "status", "error")
-    yield from table(failed, dict.fromkeys(names, str), names)

@@ -2,8 +2,9 @@
 
 A contender's values are checked before its time counts, with the sweep's check. Then rounds: in each, every contender
 is timed once (kernel_gen.timing: graph replays, L2 cold), so that a clock that falls falls on all; a latency is the
-median of the rounds. Who fails is a row with the reason. After a CUDA error nothing more can run in the process: what
-is left of the cell becomes rows too, and the run ends; a second run of the command goes on with the next cell.
+median of the rounds. Then each launch is timed alone, as the published peers were (`single_us`). Who fails is a row
+with the reason. After a CUDA error nothing more can run in the process: what is left of the cell becomes rows too, and
+the run ends; a second run of the command goes on with the next cell.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 from bench.peers.contenders import Contender, Entry, Kernels, contenders
 from bench.peers.roofline import roofline
 from bench.peers.routing import Draw, draw_load
+from kernel_gen.kernels import KernelSpec
 from kernel_gen.measure import Inputs, Launch, LaunchError, Weights, verify
-from kernel_gen.select import choose
+from kernel_gen.select import choose, table_size
 from kernel_gen.sweeping.candidates import Workload
 from kernel_gen.timing import SampleRule, Timing, utc_now
 from profiles import kernels
@@ -38,6 +40,7 @@ from profiles.schemes import QuantScheme
 
 RULE = SampleRule(min_samples=10, max_samples=10)
 ROUNDS = 5
+CLOCKS = ("sm_clock_mhz", "reference_ratio")
 CELL = ("model", "linear", "tokens", "draw", "seed", "scheme")
 
 
@@ -46,6 +49,9 @@ class Clock(Protocol):
 
     def time_launches(self, launches: Sequence[Launch], rule: SampleRule) -> Timing:
         """The latency of launches that take turns."""
+
+    def time_single(self, launch: Launch) -> float:
+        """Microseconds of a replay of one launch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,6 +150,16 @@ class Shelf:
         return self._last
 
 
+def specs_of(cells: Sequence[Cell], gpu: GpuSpec, recorded: pd.DataFrame) -> list[KernelSpec]:
+    """Our kernels that the cells run."""
+    specs: dict[KernelSpec, None] = {}
+    for cell in cells:
+        max_experts = table_size(cell.workload.num_experts)
+        for config in our_configs(cell, gpu, recorded):
+            specs[KernelSpec(config=config, schemes=(cell.scheme,), arch=gpu.arch, max_experts=max_experts)] = None
+    return list(specs)
+
+
 def measure_cell(
     cell: Cell, configs: Sequence[KernelConfig], device: Device, shelf: Shelf, *, rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
@@ -176,23 +192,31 @@ def measure_cell(
 def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rounds: int) -> list[dict[str, Any]]:
     """Rounds over all, each timed once a round."""
     timings: dict[int, list[Timing]] = {index: [] for index in range(len(ready))}
+    single: dict[int, float] = {}
     failed: dict[int, dict[str, Any]] = {}
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for index, (contender, entry) in enumerate(ready):
             if index in failed:
                 continue
             try:
-                timings[index].append(device.clock.time_launches(entry.launches, RULE))
+                if number < rounds:
+                    timings[index].append(device.clock.time_launches(entry.launches, RULE))
+                else:
+                    single[index] = device.clock.time_single(entry.launches[0])
             except device.failures as error:
                 failed[index] = _failure(cell, contender.name, contender.config, Status.LAUNCH_ERROR, error, device)
                 if failed[index]["context_lost"]:
                     others = [contender for other, (contender, _) in enumerate(ready) if other not in failed]
                     return [*failed.values(), *(_lost(cell, other, failed[index], device) for other in others)]
-    done = [_row(cell, ready[index][0], timings[index], device) for index in timings if index not in failed]
+    done = [
+        _row(cell, ready[index][0], timings[index], single[index], device) for index in timings if index not in failed
+    ]
     return [*failed.values(), *done]
 
 
-def _row(cell: Cell, contender: Contender, timings: Sequence[Timing], device: Device) -> dict[str, Any]:
+def _row(
+    cell: Cell, contender: Contender, timings: Sequence[Timing], single_us: float, device: Device
+) -> dict[str, Any]:
     medians = sorted(timing.median_us for timing in timings)
     latency = statistics.median(medians)
     limit = roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert)
@@ -204,9 +228,9 @@ def _row(cell: Cell, contender: Contender, timings: Sequence[Timing], device: De
         "latency_us": latency,
         "least_us": medians[0],
         "most_us": medians[-1],
+        "single_us": single_us,
         "num_samples": sum(timing.num_samples for timing in timings),
-        "sm_clock_mhz": statistics.median(timing.sm_clock_mhz for timing in timings),
-        "reference_ratio": statistics.median(timing.reference_ratio for timing in timings),
+        **{name: statistics.median(getattr(timing, name) for timing in timings) for name in CLOCKS},
         "roofline_us": limit.us,
         "fraction": limit.us / latency,
     }
@@ -222,7 +246,7 @@ def _failure(
         "status": status.value,
         "error": text,
         "context_lost": isinstance(error, (torch.AcceleratorError, LaunchError)),
-        **dict.fromkeys(("latency_us", "least_us", "most_us", "sm_clock_mhz", "reference_ratio"), math.nan),
+        **dict.fromkeys(("latency_us", "least_us", "most_us", "single_us", *CLOCKS), math.nan),
         "num_samples": 0,
         "roofline_us": roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert).us,
         "fraction": math.nan,

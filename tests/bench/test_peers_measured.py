@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from bench.peers.__main__ import main
+from bench.peers.published import Peer
 from bench.peers.recorded import read_launches
+from bench.peers.roofline import PeerClass
 from bench.peers.routing import Draw
 from profiles import kernels
 from profiles.errors import DataError, UnsupportedError
@@ -49,6 +51,10 @@ class FakeClock:
         return Timing(
             median_us=median, p20_us=median, p80_us=median, num_samples=10, sm_clock_mhz=1980.0, reference_ratio=1.0
         )
+
+    def time_single(self, launch: Callable[[], None]) -> float:
+        launch()
+        return 100.0 + len(self.timed)
 
 
 class FakeKernels:
@@ -133,6 +139,7 @@ def test_contenders_take_turns_and_failures_are_rows() -> None:
     assert (ours["status"], theirs["status"]) == ("ok", "ok")
     assert [ours["least_us"], ours["latency_us"], ours["most_us"]] == [10, 12, 14]  # turns: 10, 12, 14 and 11, 13, 15
     assert theirs["latency_us"] == 13
+    assert ours["single_us"] > 100  # one launch alone, after the rounds
     assert ours["fraction"] == pytest.approx(ours["roofline_us"] / 12)
     assert min(fake.clock.timed) > 1  # several sets of weights, so that L2 is cold
     if importlib.util.find_spec("triton") is None:
@@ -192,7 +199,7 @@ def test_without_a_gpu_a_measured_run_is_refused(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
-    from bench.peers.measured_report import best, measured_markdown
+    from bench.peers.measured_report import against_published, best, measured_markdown
     from bench.peers.measuring import measure, read_measured
 
     recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
@@ -205,7 +212,11 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     fastest = best(found).set_index("scheme")
     assert fastest.loc["w16a16", "other"] == "torch._grouped_mm"
     assert math.isnan(fastest.loc["w4a16_g128_sym", "ratio"])
-    text = measured_markdown(found, command="it")
+    peer = Peer(name="X", latency_us=1.0, fraction=0.5)
+    cells = against_published(found, {(MODEL, "gate_up", 16, PeerClass.W4A16): peer})
+    own = found[(found["scheme"] == "w4a16_g128_sym") & (found["contender"] == "bitile")]
+    assert list(cells["ratio"]) == pytest.approx([own["roofline_us"].iloc[0] / own["single_us"].min() / 0.5])
+    text = measured_markdown(found, {}, command="it")
     assert f"theirs over ours {fastest.loc['w16a16', 'ratio']:.2f}" in text
     path.write_bytes(b"no Parquet")
     with pytest.raises(DataError, match="remove it"):
