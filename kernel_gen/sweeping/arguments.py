@@ -125,6 +125,13 @@ def parser() -> argparse.ArgumentParser:
         help="how many configurations (default: quick)",
     )
     how.add_argument(
+        "--tries",
+        type=int,
+        metavar="N",
+        help="configurations measured per workload and load, the best by the analytic model first"
+        " (default: 4, or 16 with --effort full)",
+    )
+    how.add_argument(
         "--family",
         action="extend",
         nargs="+",
@@ -182,6 +189,8 @@ def parse(argv: Sequence[str] | None) -> Options:
     effort = Effort(given.effort)
     if given.seed < 0:
         raise SpecError(f"--seed {given.seed}: it must not be negative")
+    if given.tries is not None and not 1 <= given.tries <= 1000:
+        raise SpecError(f"--tries {given.tries}: expected 1 to 1000")
     if not 0 < given.time_limit < 86400:
         raise SpecError(f"--time-limit {given.time_limit:g}: seconds, more than 0 and less than a day")
     families = _families(given.family, gpu)
@@ -202,6 +211,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         out=_out(given.out, gpu),
         bundle=bundle,
         limit_s=given.time_limit,
+        tries=given.tries,
         families=families,
     )
     return Options(

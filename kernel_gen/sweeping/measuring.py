@@ -134,7 +134,8 @@ def measure(
     """A row for each cell's most promising configurations: those that the profile has as they are, the others measured
     now.
     """
-    candidates = [cell.candidate(config) for cell in cells for config in cell.configs[: TRIES_PER_CELL[request.effort]]]
+    tries = request.tries or TRIES_PER_CELL[request.effort]
+    candidates = [cell.candidate(config) for cell in cells for config in cell.configs[:tries]]
     bench.build(candidates, live=live)
     remaining: list[Candidate] = []
     found_of: dict[Candidate, Built] = {}

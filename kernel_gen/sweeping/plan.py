@@ -70,7 +70,9 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRequest:
-    """Everything a sweep depends on. `loads` are generators' names or traces' paths; `limit_s` bounds one candidate."""
+    """Everything a sweep depends on. `loads` are generators' names or traces' paths; `limit_s` bounds one candidate;
+    `tries` configurations are measured per workload and load, as many as the effort says by default.
+    """
 
     gpu: GpuSpec
     models: tuple[MoeShape, ...]
@@ -84,6 +86,7 @@ class SweepRequest:
     out: Path
     bundle: Bundle | None = None
     limit_s: float = 30.0
+    tries: int | None = None
     families: tuple[Family, ...] = ALL_FAMILIES
 
 

@@ -60,6 +60,7 @@ def run(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
         ("--gpu rtx4090 --mixed w4a4_g-1_sym+w4a4_g128_sym", "one int4 activation tensor"),
         ("--gpu rtx4090 --seed -1", "--seed -1"),
         ("--gpu rtx4090 --time-limit 0", "--time-limit 0"),
+        ("--gpu rtx4090 --tries 0", "--tries 0"),
         ("--gpu rtx4090 --bundle empty", "empty is not a bundle"),
         ("--gpu rtx4090 --out notes.txt", "notes.txt is a file that is no profile"),
         ("--gpu rtx4090 --out /proc/here/x.parquet", "cannot be written"),
