@@ -44,7 +44,7 @@ MEANT_INSTRUCTION: dict[tuple[Family, Math], re.Pattern[str]] = {
 
 _OPCODE = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_PTXAS_WARNING = re.compile(r"\((C75\d\d)\) (.+?) in the function")
+_PTXAS_WARNING = re.compile(r"\((C75\d\d)\) (.+?) (?:in|for) the function")
 _LOCAL_WIDTH = re.compile(r"\.(128|64|U?S?16|U?S?8)\b")
 
 

@@ -33,6 +33,10 @@ WARPS_PER_WARPGROUP = 4
 MAX_CONSUMER_WARPGROUPS = 3
 WGMMA_TILE_N = range(16, 257, 16)
 """Widths of a wgmma whose sums stmatrix can transpose in pairs of 8 tokens."""
+MAX_CLUSTER = 2
+TAIL_STEP = 16
+MAX_WIDTHS = 3
+"""Each width of a token tile is a k loop of its own in every slot."""
 _FP8_MMA_SINCE = (8, 9)
 _EMULATED_ON_HOPPER = {
     Math.INT4: "no int4 tensor cores on sm_90 ({gpu}): mma.sync is emulated, its times mean nothing",
@@ -173,6 +177,8 @@ def _common_structure_reasons(config: KernelConfig) -> Iterator[str]:
 def _mma_structure_reasons(config: KernelConfig) -> Iterator[str]:
     yield from _common_structure_reasons(config)
     tile, warps = config.tile, config.warps
+    if config.cluster != 1 or config.tail:
+        yield f"cluster {config.cluster}, tail {config.tail}: only the wgmma family has these"
     if tile.m % (16 * warps.m):
         yield f"tile.m {tile.m} does not split into 16-row blocks over {warps.m} warps: multiples of {16 * warps.m} do"
     if tile.n % (8 * warps.n):
@@ -198,6 +204,12 @@ def _wgmma_structure_reasons(config: KernelConfig) -> Iterator[str]:
         yield f"tile.m {tile.m} does not split over {warpgroups} warpgroups: multiples of {needed} do"
     if tile.n not in WGMMA_TILE_N:
         yield f"tile.n {tile.n}: the wgmma family takes multiples of 16 from 16 to 256"
+    if config.cluster > MAX_CLUSTER:
+        yield f"cluster of {config.cluster}: at most {MAX_CLUSTER} CTAs share loads"
+    if config.tail and (config.tail % TAIL_STEP or config.tail == tile.n or config.tail not in config.token_widths):
+        yield f"tail {config.tail}: a multiple of {TAIL_STEP} that is a half, a quarter, ... of tile.n {tile.n}"
+    elif (widths := len(config.token_widths)) > MAX_WIDTHS:
+        yield f"tail {config.tail}: {widths} widths of a tile of {tile.n}, at most {MAX_WIDTHS}"
 
 
 def _resource_reasons(

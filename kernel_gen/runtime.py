@@ -100,11 +100,12 @@ class Kernel:
         return y[:, : experts.n]
 
     def grid(self, num_tokens: int, experts: Experts) -> int:
-        """CTAs of a launch: as many as are resident at once, or as the tiles there can be at most."""
-        tile = self.spec.config.tile
+        """CTAs of a launch: as many as are resident at once, or as the tiles there can be at most; whole clusters."""
+        tile, cluster = self.spec.config.tile, self.spec.config.cluster
         token_tiles = -(-num_tokens // tile.n) + min(experts.num_experts, num_tokens) - 1
         resident = torch.cuda.get_device_properties(experts.device).multi_processor_count * self.ctas_per_sm
-        return min(resident, max(token_tiles, 1) * -(-experts.n // tile.m))
+        clusters = max(token_tiles, 1) * -(-experts.n // (tile.m * cluster))
+        return min(resident // cluster, clusters) * cluster
 
     def _check(self, x: Activations, experts: Experts, offsets: Tensor) -> None:
         if experts.num_experts > self.spec.max_experts:

@@ -2,7 +2,8 @@
 this.
 
 Arrays, each of num_stages parts: tokens (1024-byte aligned, as the 128-byte swizzle wants), packed weights, strips
-(scales, then zero points). Then one tile of output, the scheduler's table, the barriers.
+(scales, then zero points). Then each consumer warpgroup's part of the output, a few tokens at a time in two buffers
+that take turns; the tokens' scales, one copy a warpgroup; the scheduler's table; the barriers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from kernel_gen.layouts import UNIT_ROWS, Layout, layout_of, round_up
+from kernel_gen.layouts import UNIT_ROWS, ActivationKind, Layout, layout_of, round_up
 from profiles.gpus import Math
 from profiles.kernels import KernelConfig
 from profiles.schemes import QuantScheme
@@ -21,6 +22,9 @@ BULK_ALIGNMENT_BYTES = 128
 TOKEN_ROW_BYTES = 128
 """One k-tile of one token, for every math that wgmma has."""
 OUTPUT_PADDING_BYTES = 16
+OUTPUT_BYTES = 4096
+"""Of one output buffer of a warpgroup, where a tile has many tokens: few barriers for little room."""
+MANY_TOKENS = 128
 REGISTERS_PER_SM = 65_536
 MAX_CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = {1: 40, 2: 32}
@@ -63,6 +67,8 @@ class WgmmaArrays:
     strips: int
     strips_stage: int
     output: int
+    output_buffer: int
+    token_scales: int
     table: int
     barriers: int
     total: int
@@ -79,7 +85,11 @@ def wgmma_arrays(config: KernelConfig, schemes: Iterable[QuantScheme], max_exper
     weights = round_up(config.num_stages * tokens_stage, SWIZZLE_ALIGNMENT_BYTES)
     strips = weights + config.num_stages * weights_stage
     output = round_up(strips + config.num_stages * strips_stage, BULK_ALIGNMENT_BYTES)
-    table = round_up(output + config.tile.n * (config.tile.m * 2 + OUTPUT_PADDING_BYTES), BULK_ALIGNMENT_BYTES)
+    groups, chunk = config.warps.m // 4, output_tokens(config)
+    output_buffer = chunk * output_row_bytes(config)
+    token_scales = output + groups * min(2, -(-config.tile.n // chunk)) * output_buffer
+    scaled = any(layout.activation is not ActivationKind.BF16 for layout in layouts)
+    table = round_up(token_scales + scaled * groups * config.tile.n * 4, BULK_ALIGNMENT_BYTES)
     barriers = table + 16 * max_experts + 16
     return WgmmaArrays(
         tokens=0,
@@ -89,10 +99,30 @@ def wgmma_arrays(config: KernelConfig, schemes: Iterable[QuantScheme], max_exper
         strips=strips,
         strips_stage=strips_stage,
         output=output,
+        output_buffer=output_buffer,
+        token_scales=token_scales,
         table=table,
         barriers=barriers,
         total=barriers + 16 * config.num_stages,
     )
+
+
+def token_box(config: KernelConfig) -> int:
+    """Tokens of one TMA load. In a cluster CTAs load different ones of a tile."""
+    return config.tail or config.tile.n // config.cluster
+
+
+def output_tokens(config: KernelConfig) -> int:
+    """Tokens that a warpgroup writes to shared memory, and from there to Y, at a time: 16, or 32."""
+    row_bytes = config.tile.m * 2 // (config.warps.m // 4)
+    return 32 if config.tile.n >= MANY_TOKENS and 32 * row_bytes <= OUTPUT_BYTES else 16
+
+
+def output_row_bytes(config: KernelConfig) -> int:
+    """From one token to the next in an output buffer: a warpgroup's rows, and padding so that tokens start in different
+    banks.
+    """
+    return config.tile.m * 2 // (config.warps.m // 4) + OUTPUT_PADDING_BYTES
 
 
 def launch_registers(config: KernelConfig) -> int:

@@ -11,6 +11,8 @@ from profiles.errors import SpecError
 
 THREADS_PER_WARP = 32
 THREADS_PER_WARPGROUP = 128
+MAX_CLUSTER = 16
+"""CTAs of a cluster, of which no GPU allows more."""
 
 
 class Family(Enum):
@@ -86,6 +88,9 @@ class KernelConfig:
         split_k: CTAs that share one tile's reduction.
         raster: order of the tiles within an expert.
         min_ctas_per_sm: CTAs that must fit on an SM; it bounds the registers.
+        cluster: CTAs that take adjacent feature tiles of the same tokens and share the loads of those (wgmma).
+        tail: width of an expert's last token tile where that suffices, else twice, four times, ... as much; 0: the full
+            width always (wgmma).
     """
 
     family: Family
@@ -95,6 +100,8 @@ class KernelConfig:
     split_k: int = 1
     raster: Raster = Raster.ALONG_TOKENS
     min_ctas_per_sm: int = 1
+    cluster: int = 1
+    tail: int = 0
 
     def __post_init__(self) -> None:
         if self.tile.k != 0:
@@ -104,13 +111,19 @@ class KernelConfig:
                 f"stages {self.num_stages}, split_k {self.split_k} and CTAs per SM {self.min_ctas_per_sm}"
                 " must each be at least 1"
             )
+        if not 1 <= self.cluster <= MAX_CLUSTER or self.tail < 0:
+            raise SpecError(f"cluster {self.cluster} must be 1 to {MAX_CLUSTER}, tail {self.tail} at least 0")
 
     @property
     def name(self) -> str:
-        """The configuration's one spelling, e.g. `mma_128x16_w8x1x1_s4_k1_at_o2`."""
+        """The configuration's one spelling, e.g. `mma_128x16_w8x1x1_s4_k1_at_o2`, and where they are used `_c2` and
+        `_t32`: a cluster of 2, tails from 32 tokens on.
+        """
         return (
             f"{self.family.value}_{self.tile.m}x{self.tile.n}_w{self.warps.m}x{self.warps.n}x{self.warps.k}"
             f"_s{self.num_stages}_k{self.split_k}_{self.raster.value}_o{self.min_ctas_per_sm}"
+            + (f"_c{self.cluster}" if self.cluster > 1 else "")
+            + (f"_t{self.tail}" if self.tail else "")
         )
 
     def __str__(self) -> str:
@@ -122,11 +135,27 @@ class KernelConfig:
         loading = THREADS_PER_WARPGROUP if self.family is Family.WGMMA else 0
         return THREADS_PER_WARP * self.warps.num_warps + loading
 
+    @property
+    def token_widths(self) -> tuple[int, ...]:
+        """Tokens a token tile can multiply, the full width last; an expert's last tile takes the least that fits."""
+        widths = [self.tile.n]
+        while self.tail and widths[0] // 2 >= self.tail:
+            widths.insert(0, widths[0] // 2)
+        return tuple(widths)
+
+    def token_tile_widths(self, num_tokens: int) -> tuple[int, ...]:
+        """Tokens that each token tile of an expert with `num_tokens` multiplies, padding included."""
+        full, left = divmod(num_tokens, self.tile.n)
+        last = tuple(width for width in self.token_widths if width >= left)[:1] if left else ()
+        return (self.tile.n,) * full + last
+
 
 _POSITIVE = r"([1-9]\d{0,4})"
+_ABOVE_ONE = r"([2-9]|1[0-6])"
 _NAME = re.compile(
     rf"({'|'.join(family.value for family in Family)})_{_POSITIVE}x{_POSITIVE}_w{_POSITIVE}x{_POSITIVE}x{_POSITIVE}"
-    rf"_s{_POSITIVE}_k{_POSITIVE}_({'|'.join(raster.value for raster in Raster)})_o{_POSITIVE}",
+    rf"_s{_POSITIVE}_k{_POSITIVE}_({'|'.join(raster.value for raster in Raster)})_o{_POSITIVE}"
+    rf"(?:_c{_ABOVE_ONE})?(?:_t{_POSITIVE})?",
     re.ASCII,
 )
 
@@ -142,7 +171,7 @@ def parse(name: str) -> KernelConfig:
     if match is None:
         raise SpecError(
             f"unknown kernel configuration {name!r}: it is family_MxN_wMxNxK_sSTAGES_kSPLIT_at|af_oCTAS, "
-            "as in mma_128x16_w8x1x1_s4_k1_at_o2"
+            "then _cCLUSTER and _tTAIL where they are used, as in mma_128x16_w8x1x1_s4_k1_at_o2"
         )
     return KernelConfig(
         family=Family(match[1]),
@@ -152,4 +181,6 @@ def parse(name: str) -> KernelConfig:
         split_k=int(match[8]),
         raster=Raster(match[9]),
         min_ctas_per_sm=int(match[10]),
+        cluster=int(match[11] or 1),
+        tail=int(match[12] or 0),
     )

@@ -50,6 +50,14 @@ def stg32(addr, value):
     _ptx("st.global.b32 [{$r0}], {$r1};", read_only_args=[addr, value])
 
 
+def stg128(addr, a, b, c, d):
+    _ptx("st.global.v4.b32 [{$r0}], {{$r1},{$r2},{$r3},{$r4}};", read_only_args=[addr, a, b, c, d])
+
+
+def sts_f32(addr, value):
+    _ptx("st.shared.f32 [{$r0}], {$r1};", read_only_args=[addr, value])
+
+
 def ldmatrix_x4(addr):
     return _ptx(
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];",
@@ -95,11 +103,6 @@ def bulk_load(smem, gmem, num_bytes, barrier):
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
         read_only_args=[smem, gmem, num_bytes, barrier],
     )
-
-
-def bulk_store(gmem, smem, num_bytes):
-    """sm_90: one thread copies num_bytes (a multiple of 16) from shared to global memory, in its bulk group."""
-    _ptx("cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};", read_only_args=[gmem, smem, num_bytes])
 
 
 def stmatrix_x4_trans(smem, a, b, c, d):

@@ -22,26 +22,24 @@ from kernel_gen.kernels.wgmma_mainloop import CODE_TYPE, WgmmaMainloop
 from kernel_gen.kernels.wgmma_producer import Producer
 from kernel_gen.layouts import ActivationKind, layout_of
 
-CONSUMER_BARRIER = 1
-
 
 class Slot:
-    """The units of one scheme in this kernel."""
+    """The units of one scheme in this kernel: a k loop and an epilogue for every width of a token tile, full last."""
 
-    def __init__(self, spec: KernelSpec, scheme) -> None:
-        config = spec.config
+    def __init__(self, config, scheme, arrays) -> None:
         self.facts = layout_of(scheme)
-        self.producer = Producer(self.facts, config.tile.m, config.tile.n)
-        self.mainloop = WgmmaMainloop(self.facts, config.tile.m, config.tile.n, config.warps.m // 4)
-        token_scales = self.facts.activation in (ActivationKind.INT8, ActivationKind.E4M3)
-        self.epilogue = WgmmaEpilogue(
-            config.tile.m,
-            config.tile.n,
-            config.warps.m // 4,
-            self.facts.has_channel_scales,
-            token_scales,
-            self.mainloop.extra_scale,
-        )
+        tile_m, groups = config.tile.m, config.warps.m // 4
+        self.producer = Producer(self.facts, tile_m, config.tile.n, smem_wgmma.token_box(config), config.cluster)
+        self.token_scales = self.facts.activation is not ActivationKind.BF16
+        self.mainloops = [
+            WgmmaMainloop(self.facts, tile_m, width, groups, config.cluster) for width in config.token_widths
+        ]
+        self.epilogues = [
+            WgmmaEpilogue(
+                config, arrays, loop.tile_n, self.facts.has_channel_scales, self.token_scales, loop.extra_scale
+            )
+            for loop in self.mainloops
+        ]
 
 
 class WgmmaKernel:
@@ -51,12 +49,14 @@ class WgmmaKernel:
         config = spec.config
         self.tile_m, self.tile_n, self.num_stages = config.tile.m, config.tile.n, config.num_stages
         self.groups = config.warps.m // 4
+        self.cluster, self.widths = config.cluster, config.token_widths
+        self.box = smem_wgmma.token_box(config)
         self.num_threads = config.num_threads
         self.min_ctas = config.min_ctas_per_sm
         self.producer_registers = smem_wgmma.producer_registers(config)
         self.consumer_registers = smem_wgmma.consumer_registers(config)
-        self.slots = [Slot(spec, scheme) for scheme in spec.schemes]
         self.arrays = smem_wgmma.wgmma_arrays(config, spec.schemes, spec.max_experts)
+        self.slots = [Slot(config, scheme, self.arrays) for scheme in spec.schemes]
         self.scheduler = TileScheduler(self.tile_m, self.tile_n, spec.max_experts, config.raster)
 
     @cute.jit
@@ -85,24 +85,24 @@ class WgmmaKernel:
         layouts = []
         for s in cutlass.range_constexpr(len(self.slots)):
             slot = self.slots[s]
-            layout = slot.mainloop.token_layout(self.num_stages)
             address = activations[ACTIVATION_ARGUMENT[slot.facts.activation]]
-            atom, tensor = self.token_copy(slot, layout, address, num_tokens, k)
+            atom, tensor = self.token_copy(slot, address, num_tokens, k)
             atoms.append(atom)
             tensors.append(tensor)
-            layouts.append(layout)
-            mmas.append(slot.mainloop.tiled_mma())
+            layouts.append(slot.mainloops[-1].token_layout(self.tile_n, self.num_stages))
+            mmas.append([loop.tiled_mma() for loop in slot.mainloops])
         self.kernel(y, offsets, plan, weights, activations, k, atoms, tensors, mmas, layouts).launch(
             grid=(grid, 1, 1),
             block=(self.num_threads, 1, 1),
+            cluster=(self.cluster, 1, 1) if self.cluster > 1 else None,
             smem=self.arrays.total,
             stream=stream,
             min_blocks_per_mp=self.min_ctas,
             preferred_smem_carveout=100,
         )
 
-    def token_copy(self, slot, layout, address, num_tokens, k):
-        """TMA of tile_n tokens x one k-tile; rows past T and columns past K are filled with zeros."""
+    def token_copy(self, slot, address, num_tokens, k):
+        """TMA of a box of tokens x one k-tile; rows past T and columns past K are filled with zeros."""
         kind = CODE_TYPE[slot.facts.math]
         columns, stride = k, (k + 7) // 8 * 8
         if slot.facts.activation is not ActivationKind.BF16:
@@ -110,9 +110,12 @@ class WgmmaKernel:
         pointer = cute.make_ptr(kind, address, cute.AddressSpace.gmem, assumed_align=16)
         stride = cute.assume(Int64(stride), divby=128 // kind.width)
         x = cute.make_tensor(pointer, cute.make_layout((num_tokens, columns), stride=(stride, 1)))
-        return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), x, cute.slice_(layout, (None, None, 0)), (self.tile_n, slot.facts.k_tile)
-        )
+        layout = cute.slice_(slot.mainloops[-1].token_layout(self.box, 1), (None, None, 0))
+        if const_expr(self.cluster > 1):
+            op = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        else:
+            op = cpasync.CopyBulkTensorTileG2SOp()
+        return cpasync.make_tiled_tma_atom(op, x, layout, (self.box, slot.facts.k_tile))
 
     @cute.kernel
     def kernel(
@@ -129,36 +132,45 @@ class WgmmaKernel:
         layouts: list,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        first, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        first, walkers, rank = block, blocks, Int32(0)
+        if const_expr(self.cluster > 1):  # a cluster walks the tiles together, each CTA its feature tile of each
+            first, walkers, rank = block // self.cluster, blocks // self.cluster, block % self.cluster
         warp = cute.arch.make_warp_uniform(tid // 32)
         group = cute.arch.make_warp_uniform(tid // 128)
         lane = tid % 32
         num_tokens = cute.size(y, mode=[0])
         num_features = cute.size(y, mode=[1])
         units = (num_features + 63) // 64
-        feature_tiles = (num_features + (self.tile_m - 1)) // self.tile_m
+        rows: cutlass.Constexpr = self.tile_m * self.cluster
+        feature_tiles = (num_features + (rows - 1)) // rows
         base = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
         start = Int32(base.toint())
         barriers = cute.recast_ptr(base + self.arrays.barriers, dtype=Int64)
         if tid == 0:
             for i in cutlass.range_constexpr(self.num_stages):
                 cute.arch.mbarrier_init(barriers + i, 1)
-                cute.arch.mbarrier_init(barriers + self.num_stages + i, 4 * self.groups)
+                cute.arch.mbarrier_init(barriers + self.num_stages + i, 4 * self.groups * self.cluster)
             cute.arch.mbarrier_init_fence()
         table = start + self.arrays.table
         num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()
+        if const_expr(self.cluster > 1):  # no barrier of another CTA is touched before it is there
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
         stage = Int32(0)
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp == 0:
                 phase = Int32(1)
-                for tile in cutlass.range(first, num_tiles, ctas, unroll=1):
-                    row, _, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
+                for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
+                    row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
+                    feature_tile = feature_tile * self.cluster + rank
+                    width = self.width(row, row_end)
                     for s in cutlass.range_constexpr(len(self.slots)):
                         if slot == s:
-                            at = (row, feature_tile, index, weights_at + s * 32, k, units)
+                            at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank)
                             stage, phase = self.slots[s].producer.run(
                                 base,
                                 start,
@@ -175,28 +187,43 @@ class WgmmaKernel:
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             phase = Int32(0)
-            for tile in cutlass.range(first, num_tiles, ctas, unroll=1):
+            for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                 row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
+                feature_tile = feature_tile * self.cluster + rank
+                width = self.width(row, row_end)
                 for s in cutlass.range_constexpr(len(self.slots)):
-                    if slot == s:
-                        slot_at = weights_at + s * 32
-                        at = (row, row_end, feature_tile, index, slot_at, k, units)
-                        stage, phase = self.run_tile(
-                            s, base, start, barriers, stage, phase, at, mmas[s], layouts[s], y, activations, tid
-                        )
-            cute.arch.cp_async_bulk_wait_group(0)
+                    for v in cutlass.range_constexpr(len(self.slots[s].mainloops)):
+                        if slot == s and width == self.slots[s].mainloops[v].tile_n:
+                            slot_at = weights_at + s * 32
+                            at = (row, row_end, feature_tile, index, slot_at, k, units)
+                            ring = (base, start, barriers, stage, phase)
+                            stage, phase = self.run_tile(s, v, ring, at, mmas[s][v], layouts[s], y, activations, tid)
+        if const_expr(self.cluster > 1):  # nor after it is gone
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     @cute.jit
-    def run_tile(self, s: cutlass.Constexpr, base, start, barriers, stage, phase, at, mma, layout, y, activations, tid):
-        """One tile of slot s: k loop, epilogue. Returns the ring's next stage and phase."""
+    def width(self, row, row_end):
+        """Tokens that a tile multiplies."""
+        width = Int32(self.tile_n)
+        for narrower in cutlass.range_constexpr(len(self.widths) - 2, -1, -1):
+            if row_end - row <= self.widths[narrower]:
+                width = Int32(self.widths[narrower])
+        return width
+
+    @cute.jit
+    def run_tile(self, s: cutlass.Constexpr, v: cutlass.Constexpr, ring, at, mma, layout, y, activations, tid):
+        """One tile of slot s and width v: k loop, epilogue. Returns the ring's next stage and phase."""
         slot = self.slots[s]
-        acc, stage, phase = slot.mainloop.run(
+        base, start, barriers, stage, phase = ring
+        tokens = Int64(0)
+        if const_expr(slot.token_scales):
+            tokens = activations[ACTIVATION_ARGUMENT[slot.facts.activation] + 1]
+        scales = slot.epilogues[v].fetch(at, tokens, tid)
+        acc, stage, phase = slot.mainloops[v].run(
             base, start, self.arrays, barriers, self.num_stages, stage, phase, at, mma, layout, tid
         )
-        tokens = Int64(0)
-        if const_expr(slot.epilogue.token_scales):
-            tokens = activations[ACTIVATION_ARGUMENT[slot.facts.activation] + 1]
-        slot.epilogue.run(acc, start + self.arrays.output, tid, at, y, tokens, CONSUMER_BARRIER)
+        slot.epilogues[v].run(acc, scales, start + self.arrays.output, start + self.arrays.token_scales, tid, at, y)
         return stage, phase
 
 

@@ -1,69 +1,114 @@
-"""Sums of a wgmma tile to Y: scales, bf16, transpose through shared memory (stmatrix), one bulk store a token row."""
+"""Sums of a wgmma tile to Y: scales, bf16, transpose through shared memory (stmatrix), whole lines to global memory.
+
+A warpgroup stores its own rows and waits for no other, so that another one's k loop may go on meanwhile. Tokens go a
+few at a time through two buffers in turn: small ones leave the room to the stages, and one barrier each suffices.
+"""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
+from kernel_gen import smem_wgmma
 from kernel_gen.kernels import ptx
+
+FIRST_BARRIER = 1
+"""Named barrier of the first consumer warpgroup; the others have those after it."""
 
 
 class WgmmaEpilogue:
-    """tile_m x tile_n sums of `groups` warpgroups; `extra_scale` undoes what decoding multiplied by."""
+    """tile_m x tile_n sums, of which each consumer warpgroup has some units of 64 rows; `extra_scale` undoes what
+    decoding multiplied by.
+    """
 
-    def __init__(
-        self, tile_m: int, tile_n: int, groups: int, channel_scales: bool, token_scales: bool, extra_scale: float
-    ) -> None:
-        self.tile_m, self.tile_n, self.groups = tile_m, tile_n, groups
-        self.m_units = tile_m // 64 // groups
+    def __init__(self, config, arrays, tile_n: int, channel_scales: bool, token_scales: bool, extra_scale: float):
+        self.tile_m, self.tile_n, self.groups = config.tile.m, tile_n, config.warps.m // 4
+        self.m_units = self.tile_m // 64 // self.groups
         self.channel_scales, self.token_scales, self.extra_scale = channel_scales, token_scales, extra_scale
-        self.row_bytes = tile_m * 2 + 16  # 16 more, so that rows start in different banks
+        self.row_bytes = smem_wgmma.output_row_bytes(config)
+        self.chunk = smem_wgmma.output_tokens(config)
+        self.buffer_bytes = arrays.output_buffer
+        self.group_bytes = min(2, -(-config.tile.n // self.chunk)) * self.buffer_bytes
+        self.group_scale_bytes = config.tile.n * 4
 
     @cute.jit
-    def run(self, acc, output, tid, at, y, tokens, barrier_id: cutlass.Constexpr):
-        """acc: the mainloop's sums; output: shared memory, tile_n rows of row_bytes; tokens: address of float32 token
+    def fetch(self, at, tokens, tid):
+        """What the epilogue needs from global memory, asked for before the k loop: float32 scales of this thread's
+        rows [units][2] (or None), and of tokens tid % 128 and 128 after it (or none). tokens: address of the tokens'
         scales.
         """
         row, row_end, feature_tile, index, slot_at, _, units = at
         lane = tid % 32
         warp = (tid // 32) % 4
         group = tid // 128 - 1
-        threads: cutlass.Constexpr = 128 * self.groups
+        columns = []
+        if const_expr(self.token_scales):
+            for i in cutlass.range_constexpr((self.tile_n + 127) // 128):
+                column = cutlass.min(row + tid % 128 + i * 128, row_end - 1)
+                columns.append(ptx.ldg_f32(tokens + Int64(column) * 4))
+        return self.channel_row_scales(slot_at, index, feature_tile, units, group, warp, lane), columns
+
+    @cute.jit
+    def run(self, acc, scales, output, token_scales, tid, at, y):
+        """acc: the mainloop's sums; scales: of `fetch`; output, token_scales: shared-memory addresses."""
+        row, row_end, feature_tile, _, _, _, _ = at
+        row_scales, columns = scales
+        lane = tid % 32
+        warp = (tid // 32) % 4
+        group = tid // 128 - 1
+        buffers = output + group * self.group_bytes
+        scales_at = token_scales + group * self.group_scale_bytes
+        self.barrier(group)  # all have read what the tile before left
+        if const_expr(self.token_scales):
+            for i in cutlass.range_constexpr(len(columns)):
+                if tid % 128 + i * 128 < self.tile_n:
+                    ptx.sts_f32(scales_at + (tid % 128 + i * 128) * 4, columns[i] * Float32(self.extra_scale))
+            self.barrier(group)
+        to = ((lane & 7) + ((lane >> 4) << 3)) * self.row_bytes + (warp * 16 + ((lane >> 3) & 1) * 8) * 2
+        for first in cutlass.range_constexpr(0, self.tile_n, self.chunk):
+            buffer = buffers + (first // self.chunk % 2) * self.buffer_bytes
+            num: cutlass.Constexpr = min(self.chunk, self.tile_n - first)
+            for pair in cutlass.range_constexpr(first // 16, (first + num) // 16):
+                column_scales = self.column_scales(scales_at, pair, lane)
+                for m in cutlass.range_constexpr(self.m_units):
+                    packed = []
+                    for j in cutlass.range_constexpr(2):
+                        for half in cutlass.range_constexpr(2):
+                            values = []
+                            for i in cutlass.range_constexpr(2):
+                                value = acc[(i, half, 2 * pair + j), m, 0]
+                                values.append(self.scaled(value, row_scales[m][half], column_scales[j][i]))
+                            packed.append(ptx.pack_bf16(values[0], values[1]))
+                    ptx.stmatrix_x4_trans(
+                        buffer + (pair * 16 - first) * self.row_bytes + m * 128 + to,
+                        packed[0],
+                        packed[1],
+                        packed[2],
+                        packed[3],
+                    )
+            self.barrier(group)
+            self.store(buffer, first, num, row, row_end, feature_tile, group, tid, y)
+
+    @cute.jit
+    def store(
+        self, buffer, first: cutlass.Constexpr, num: cutlass.Constexpr, row, row_end, feature_tile, group, tid, y
+    ):
+        """Tokens first .. first + num of the warpgroup's rows to Y: eight lanes a line of 64 features."""
         num_features = cute.size(y, mode=[1])
-        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the tile before may still be read from `output`
-        cute.arch.barrier(barrier_id=barrier_id, number_of_threads=threads)
-        to = output + ((lane & 7) + ((lane >> 4) << 3)) * self.row_bytes + (warp * 16 + ((lane >> 3) & 1) * 8) * 2
-        row_scales = self.channel_row_scales(slot_at, index, feature_tile, units, group, warp, lane)
-        for pair in cutlass.range_constexpr(self.tile_n // 16):
-            column_scales = self.column_scales(tokens, row, row_end, pair, lane)
-            for m in cutlass.range_constexpr(self.m_units):
-                packed = []
-                for j in cutlass.range_constexpr(2):
-                    for half in cutlass.range_constexpr(2):
-                        values = []
-                        for i in cutlass.range_constexpr(2):
-                            values.append(
-                                self.scaled(
-                                    acc[(i, half, 2 * pair + j), m, 0], row_scales[m][half], column_scales[j][i]
-                                )
-                            )
-                        packed.append(ptx.pack_bf16(values[0], values[1]))
-                ptx.stmatrix_x4_trans(
-                    to + pair * (16 * self.row_bytes) + (m * self.groups + group) * 128,
-                    packed[0],
-                    packed[1],
-                    packed[2],
-                    packed[3],
-                )
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=barrier_id, number_of_threads=threads)
-        feature0 = feature_tile * self.tile_m
-        size = cutlass.min(num_features - feature0, self.tile_m) * 2
-        for i in cutlass.range_constexpr((self.tile_n + threads - 1) // threads):
-            token = tid - 128 + i * threads
-            if token < self.tile_n and row + token < row_end:
-                target = y.iterator.toint() + (Int64(row + token) * num_features + feature0) * 2
-                ptx.bulk_store(target, output + token * self.row_bytes, size)
-        cute.arch.cp_async_bulk_commit_group()
+        thread = tid % 128
+        for i in cutlass.range_constexpr((num * self.m_units + 15) // 16):
+            line = i * 16 + thread // 8
+            token = line // self.m_units
+            m = line % self.m_units
+            feature = feature_tile * self.tile_m + (m * self.groups + group) * 64 + (thread % 8) * 8
+            if row + first + token < row_end and feature < num_features:
+                a, b, c, d = ptx.lds128(buffer + token * self.row_bytes + m * 128 + (thread % 8) * 16)
+                target = y.iterator.toint() + (Int64(row + first + token) * num_features + feature) * 2
+                ptx.stg128(target, a, b, c, d)
+
+    @cute.jit
+    def barrier(self, group):
+        """Of one warpgroup."""
+        cute.arch.barrier(barrier_id=FIRST_BARRIER + group, number_of_threads=128)
 
     def scaled(self, value, row_scale, column_scale):
         """One sum in float32, times whatever scales are left."""
@@ -88,17 +133,8 @@ class WgmmaEpilogue:
             out.append(halves)
         return out
 
-    @cute.jit
-    def column_scales(self, tokens, row, row_end, pair: cutlass.Constexpr, lane):
+    def column_scales(self, scales_at, pair, lane):
         """Float32 scales of this thread's columns in two blocks of 8 tokens, [2][2], or None."""
-        out = []
-        for j in cutlass.range_constexpr(2):
-            columns = []
-            for i in cutlass.range_constexpr(2):
-                if const_expr(self.token_scales):
-                    column = cutlass.min(row + (2 * pair + j) * 8 + (lane % 4) * 2 + i, row_end - 1)
-                    columns.append(ptx.ldg_f32(tokens + Int64(column) * 4) * Float32(self.extra_scale))
-                else:
-                    columns.append(None)
-            out.append(columns)
-        return out
+        if not self.token_scales:
+            return [[None, None], [None, None]]
+        return [ptx.lds64_f32(scales_at + (2 * pair + j) * 32 + (lane % 4) * 8) for j in range(2)]

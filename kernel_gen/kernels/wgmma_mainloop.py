@@ -24,8 +24,9 @@ K_STEPS = 4  # a k-tile is 128 bytes of a token's row, a wgmma takes 32
 class WgmmaMainloop:
     """tile_m x tile_n over `groups` consumer warpgroups; each has m_units units of 64 rows."""
 
-    def __init__(self, facts, tile_m: int, tile_n: int, groups: int) -> None:
+    def __init__(self, facts, tile_m: int, tile_n: int, groups: int, cluster: int = 1) -> None:
         self.facts, self.tile_m, self.tile_n, self.groups = facts, tile_m, tile_n, groups
+        self.cluster = cluster
         self.m_units = tile_m // 64 // groups
         self.math = facts.math
         self.narrow = self.math is not Math.BF16
@@ -61,10 +62,10 @@ class WgmmaMainloop:
             a_source=warpgroup.OperandSource.RMEM,
         )
 
-    def token_layout(self, num_stages: int):
+    def token_layout(self, rows: int, num_stages: int):
         """Tokens in shared memory: rows of one k-tile, 128 bytes, swizzled as TMA and wgmma agree on."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, CODE_TYPE[self.math])
-        return cute.tile_to_shape(atom, (self.tile_n, self.facts.k_tile, num_stages), order=(0, 1, 2))
+        return cute.tile_to_shape(atom, (rows, self.facts.k_tile, num_stages), order=(0, 1, 2))
 
     @cute.jit
     def run(self, base, start, arrays, barriers, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
@@ -78,6 +79,7 @@ class WgmmaMainloop:
         tokens = cute.make_tensor(
             cute.recast_ptr(base + arrays.tokens, layout.inner, dtype=CODE_TYPE[self.math]), layout.outer
         )
+        tokens = cute.local_tile(tokens, (self.tile_n, facts.k_tile), (0, 0, None))  # a tail's come first
         b = thread_mma.make_fragment_B(thread_mma.partition_B(tokens))
         state = (cute.recast_tensor(a, Int32), *self.registers())
         blocks = (tid // 128 - 1, (tid // 32) % 4, tid % 32)
@@ -272,10 +274,16 @@ class WgmmaMainloop:
 
     @cute.jit
     def release(self, barrier):
-        """Tell the producer that this warp has read the stage: all lanes have, before one says so."""
+        """Tell the producers that this warp has read the stage: all lanes have, before one says so. In a cluster every
+        CTA's producer fills it.
+        """
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(barrier)
+            if const_expr(self.cluster == 1):
+                cute.arch.mbarrier_arrive(barrier)
+            else:
+                for rank in cutlass.range_constexpr(self.cluster):
+                    cute.arch.mbarrier_arrive(barrier, rank)
 
     @cute.jit
     def decode(self, state, ks: cutlass.Constexpr, at_w, at_s, blocks):

@@ -27,9 +27,10 @@ WGMMA_CONFIGS = (
     "wgmma_64x16_w4x1x1_s6_k1_at_o2",
     "wgmma_128x32_w8x1x1_s4_k1_af_o2",
     "wgmma_128x128_w8x1x1_s4_k1_at_o1",
-    "wgmma_256x64_w8x1x1_s3_k1_af_o1",
+    "wgmma_256x64_w8x1x1_s3_k1_af_o1_t32",
     "wgmma_192x64_w12x1x1_s4_k1_at_o1",
     "wgmma_256x16_w8x1x1_s3_k1_at_o1",
+    "wgmma_128x64_w8x1x1_s3_k1_at_o1_c2_t16",
 )
 DECODE, MIDDLE = MMA_CONFIGS[1], MMA_CONFIGS[2]
 

@@ -21,6 +21,8 @@ configs = st.builds(
     split_k=small,
     raster=st.sampled_from(Raster),
     min_ctas_per_sm=small,
+    cluster=st.integers(1, 16),
+    tail=st.integers(0, 512),
 )
 microseconds = st.floats(1e-3, 1e7)
 

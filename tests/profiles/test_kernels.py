@@ -36,6 +36,31 @@ def test_a_name_says_everything() -> None:
     assert config.num_threads == 512
 
 
+def test_clusters_and_tails_are_named_where_they_are_used() -> None:
+    plain = parse("wgmma_256x128_w8x1x1_s4_k1_at_o1")
+    assert (plain.cluster, plain.tail) == (1, 0)
+    both = parse("wgmma_256x128_w8x1x1_s4_k1_at_o1_c2_t32")
+    assert (both.cluster, both.tail) == (2, 32)
+    assert parse("wgmma_256x128_w8x1x1_s4_k1_at_o1_t32").tail == 32
+    for name in ("_c1", "_t0", "_t32_c2", "_c02", "_c2_"):
+        with pytest.raises(SpecError, match="unknown kernel configuration"):
+            parse(plain.name + name)
+
+
+@pytest.mark.parametrize(
+    ("tail", "tokens", "widths"),
+    [
+        ("", 300, (128, 128, 128)),
+        ("_t32", 300, (128, 128, 64)),
+        ("_t32", 256, (128, 128)),
+        ("_t64", 1, (64,)),
+        ("", 0, ()),
+    ],
+)
+def test_only_the_last_token_tile_is_narrower(tail: str, tokens: int, widths: tuple[int, ...]) -> None:
+    assert parse("wgmma_256x128_w8x1x1_s4_k1_at_o1" + tail).token_tile_widths(tokens) == widths
+
+
 @pytest.mark.parametrize(
     "name",
     ["mma_128x16_w8x1x1_s0_k1_at_o2", "mma_0128x16_w8x1x1_s4_k1_at_o2", "hmma_128x16_w8x1x1_s4_k1_at_o2", "", "mma"],
