@@ -237,7 +237,9 @@ def layout_of(scheme: QuantScheme) -> Layout:
 
 
 def _code_form(weights: QuantSpec | None, math: Math) -> CodeForm:
-    """What the decoding in the kernel starts from: e4m3 is sign and magnitude itself, and holds |q| <= 7 of 4-bit codes in its low bits."""
+    """What the decoding in the kernel starts from: e4m3 is sign and magnitude itself, and holds |q| <= 7 of 4-bit codes
+    in its low bits.
+    """
     if weights is None or weights.type is NumericType.FLOAT or math is Math.BF16:
         return CodeForm.UNSIGNED
     return CodeForm.SIGN_MAGNITUDE if math is Math.E4M3 else CodeForm.TWOS_COMPLEMENT
