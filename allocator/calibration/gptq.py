@@ -91,6 +91,24 @@ def row_objective(weights: Tensor, quantized: QuantizedWeights, moments: Tensor)
     return torch.stack(rows)
 
 
+def shrunk(moments: Tensor, counts: Sequence[int]) -> Tensor:
+    """Moments [E, K, K] shrunk towards their mean diagonal times the identity, the more the fewer tokens are behind
+    them: what GPTQ would learn from K columns and as few tokens is mostly chance.
+
+    The share is that of the oracle approximating shrinkage estimator (Chen, Wiesel, Eldar, Hero: Shrinkage algorithms
+    for MMSE covariance estimation, IEEE Transactions on Signal Processing 58, 2010, equation 23).
+    """
+    k = moments.shape[-1]
+    n = torch.tensor([float(max(1, count)) for count in counts], device=moments.device, dtype=torch.float64)
+    trace = moments.diagonal(dim1=1, dim2=2).double().sum(-1)
+    square = torch.stack([moment.double().square().sum() for moment in moments])
+    spread = ((n + 1 - 2 / k) * (square - trace.square() / k)).clamp_min(1e-300)
+    share = (((1 - 2 / k) * square + trace.square()) / spread).clamp(0, 1).to(moments.dtype).view(-1, 1)
+    result = moments * (1 - share).unsqueeze(-1)
+    result.diagonal(dim1=1, dim2=2).add_(share * (trace / k).to(moments.dtype).view(-1, 1))
+    return result
+
+
 def factorise(moments: Tensor, *, damping: float = 0.01, activation_order: bool = True) -> Factors:
     """What every rounding of weights with inputs of these moments [E, K, K] needs.
 

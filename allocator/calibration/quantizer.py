@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from allocator.calibration.experts import LinearStack
-from allocator.calibration.gptq import Factors, factorise, gptq, row_objective
+from allocator.calibration.gptq import Factors, factorise, gptq, row_objective, shrunk
 from allocator.calibration.grid import nearest
 from allocator.calibration.hadamard import Rotation
 from kernel_gen.formats import QuantizedWeights, dequantize
@@ -33,6 +33,8 @@ class Quantizer:
         method: rounding.
         clip: search for narrower ranges than a group's own.
         rotate: rotate the inputs of linears whose activations are quantised.
+        shrink: let few tokens say less: clipping and GPTQ take each expert's moments shrunk towards a multiple of the
+            identity, by as much as its number of tokens asks for (gptq.shrunk).
         damping: GPTQ's, as a share of the mean diagonal.
         activation_order: GPTQ's order of columns.
         seed: of the rotation's signs.
@@ -41,6 +43,7 @@ class Quantizer:
     method: Method = Method.GPTQ
     clip: bool = True
     rotate: bool = False
+    shrink: bool = True
     damping: float = 0.01
     activation_order: bool = True
     seed: int = 0
@@ -72,10 +75,11 @@ class Quantizer:
             moments = torch.where(seen.view(-1, 1, 1), moments, torch.eye(moments.shape[-1], device=moments.device))
         if rotation is not None:
             moments = rotation.apply_both(moments)
+        learnt = shrunk(moments, counts) if self.shrink else moments
         factors = None
         if self.method is Method.GPTQ:
-            factors = factorise(moments, damping=self.damping, activation_order=self.activation_order)
-        return Prepared(moments=moments, seen=seen, rotation=rotation, factors=factors)
+            factors = factorise(learnt, damping=self.damping, activation_order=self.activation_order)
+        return Prepared(moments=moments, learnt=learnt, seen=seen, rotation=rotation, factors=factors)
 
     def quantize(
         self, weights: Tensor, scheme: QuantScheme, moments: Tensor | Prepared, counts: Sequence[int]
@@ -94,7 +98,7 @@ class Quantizer:
         if ready.rotation != rotation:
             raise SpecError(f"{scheme.name}: moments were prepared for another rotation")
         values = weights.float() if rotation is None else rotation.apply(weights.float())
-        start = nearest(values, scheme, ready.moments, clip=self.clip)
+        start = nearest(values, scheme, ready.learnt, clip=self.clip)
         if ready.factors is None or scheme.weights is None:
             errors = ready.zeroed(row_objective(values, start, ready.moments))
             return Quantized(weights=start, rotation=rotation, row_errors=errors, nearest_objective=errors.sum(-1))
@@ -116,12 +120,14 @@ class Prepared:
 
     Attributes:
         moments: [E, K, K].
+        learnt: what clipping and GPTQ take them to be.
         seen: experts with tokens, bool [E].
         rotation: that they are rotated by.
         factors: GPTQ's.
     """
 
     moments: Tensor
+    learnt: Tensor
     seen: Tensor
     rotation: Rotation | None
     factors: Factors | None
