@@ -6,6 +6,7 @@ same factor on every shape. With non-negative factors the calibrated core still 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,11 @@ class CalibratedCore:
                 if len(of_math):
                     factors[family, math] = fitted(of_math, np.log(factors[family, math]), _MATH_SCALE)
         return cls(factors=factors)
+
+    def scaled(self, by: Mapping[str, float]) -> CalibratedCore:
+        """With the factors of some of FACTORS multiplied."""
+        ratios = np.asarray([by.get(name, 1.0) for name in FACTORS])
+        return CalibratedCore(factors=self.factors * ratios)
 
     def log_us(self, X: Matrix) -> Array:
         """Log of the calibrated latency in microseconds, [R]."""
