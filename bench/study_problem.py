@@ -14,7 +14,7 @@ from allocator.study.evidence import Evidence
 from allocator.study.problem import Problem
 from allocator.study.problem import of as problem_of
 from kernel_gen.formats import dequantize, dequantize_activations, quantize, quantize_activations
-from profiles.models import Linear, model
+from profiles.models import Linear, MoeShape, model
 from profiles.schemes import QuantScheme
 from profiles.store import ProfileStore
 
@@ -32,20 +32,20 @@ def study_problem(layers: int, avg_bits: float, seed: int) -> Problem:
     return problem_of(sensitivity(offered, layers, seed), MODEL, Budget(avg_weight_bits=avg_bits), evidence)
 
 
-def sensitivity(offered: list[QuantScheme], layers: int, seed: int) -> Sensitivity:
+def sensitivity(offered: list[QuantScheme], layers: int, seed: int, shape: MoeShape = MODEL) -> Sensitivity:
     """Real errors of each format, on made-up layers: an expert's linear weighs log-normal(0, 1.5), a layer (0, 0.7)."""
     rng = np.random.default_rng(seed)
     error = np.array([format_error(scheme) for scheme in offered])
     rows = []
     for layer in range(layers):
         of_layer = rng.lognormal(0, 0.7)
-        for expert in range(MODEL.num_experts):
+        for expert in range(shape.num_experts):
             for linear in Linear:
                 losses = of_layer * rng.lognormal(0, 1.5) * error * rng.lognormal(0, 0.15, len(offered))
                 rows += [(layer, expert, linear.value, s.name, loss) for s, loss in zip(offered, losses, strict=True)]
     frame = pd.DataFrame(rows, columns=["layer", "expert", "linear", "scheme", "loss"])
     return Sensitivity(
-        frame.assign(model=MODEL.name, metric=METRIC, data="synthetic", num_samples=1, seed=seed, schema_version=1)
+        frame.assign(model=shape.name, metric=METRIC, data="synthetic", num_samples=1, seed=seed, schema_version=1)
     )
 
 

@@ -49,14 +49,19 @@ def config(allocation: Allocation, names: Names) -> dict[str, Any]:
 
 def check(content: dict[str, Any]) -> None:
     """What the package says of a configuration. UserError: not installed. DataError: refused."""
-    if importlib.util.find_spec(EXTRA) is None:
-        raise UserError(f"{EXTRA} is needed to check the export, not installed here: pip install 'bitile[export]'")
+    require()
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
         QuantizationConfig.model_validate(content)
     except ValueError as error:  # pydantic's is one
         raise DataError(f"compressed-tensors refuses the configuration: {str(error).splitlines()[0]}") from error
+
+
+def require() -> None:
+    """UserError: the package is not installed."""
+    if importlib.util.find_spec(EXTRA) is None:
+        raise UserError(f"{EXTRA} is needed to check the export, not installed here: pip install 'bitile[export]'")
 
 
 def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
@@ -83,7 +88,12 @@ def _arguments(spec: QuantSpec) -> dict[str, Any]:
 
 
 def _format(weights: QuantSpec, inputs: QuantSpec | None) -> str:
-    """How weights are stored: packed below 8 bits, and where activations are not quantised."""
+    """How weights are stored."""
     if weights.type is NumericType.FLOAT:
         return "float-quantized"
     return "int-quantized" if inputs is not None and weights.num_bits == 8 else "pack-quantized"
+
+
+def is_packed(scheme: QuantScheme) -> bool:
+    """Whether weights are packed: integers below 8 bits, and where activations are not quantised."""
+    return scheme.weights is not None and _format(scheme.weights, scheme.input_activations) == "pack-quantized"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import optuna
 from optuna.trial import FrozenTrial
 
 from allocator.allocation import Allocation
@@ -20,6 +21,7 @@ def best_of_study(
     on_trial: Callable[[FrozenTrial], None] | None = None,
 ) -> Allocation | None:
     """The best allocation of a study with one objective, begun or gone on with; None: no trial holds the limits."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # its line a trial is longer than all that is said here
     with open_storage(storage) as opened:
         study = run.run(evaluator, settings, opened, on_trial=on_trial)
         trials = run.best_trials(study)

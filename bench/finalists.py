@@ -1,0 +1,101 @@
+"""Finalists of a known model's shapes, for a GPU to measure: `python -m bench.finalists --out DIR`.
+
+Losses are those of `bench.study`, latencies the analytic model's scaled by nothing: what `allocator.latency` then
+measures tells how far a predicted allocation is from a measured one. DIR gets finalists.json and trace.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from allocator import Allocation, Budget, Options, allocate
+from allocator.allocation import Granularity
+from allocator.scenarios import by_share, parse_loads, predicted_table, typical_load
+from allocator.study.evaluate import Evaluator
+from allocator.study.evidence import Evidence
+from allocator.study.finalists import best_of_study
+from allocator.study.objective import Goal
+from allocator.study.problem import of as problem_of
+from allocator.study.run import Settings
+from bench.study_problem import sensitivity
+from profiles import gpus, schemes
+from profiles.atomic import replacing
+from profiles.errors import UserError
+from profiles.loads import TokenLoad, log_normal, write_trace
+from profiles.models import MoeShape, model
+from profiles.schemes import QuantScheme
+
+SCHEMES = (
+    "w16a16,w8a16_g-1_sym,w4a16_g128_asym,w4a16_g-1_sym,w3a16_g128_asym,w2a16_g128_asym,w2a16_g-1_sym,w8a8_g-1_sym"
+)
+TRACED_TOKENS = 8192
+
+
+def finalists(
+    shape: MoeShape, gpu: gpus.GpuSpec, trace: Mapping[int, TokenLoad], loads: Mapping[str, TokenLoad],
+    offered: Sequence[QuantScheme], bits: float, storage: str,
+) -> dict[str, Allocation]:  # fmt: skip
+    """Mixed, one scheme an expert, uniform, and a study's."""
+    losses = sensitivity(list(offered), len(trace), 0, shape)
+    table = predicted_table(gpu, shape, loads, offered)
+    budget = Budget(avg_weight_bits=bits)
+    routed = {"gate_up", "down"}
+    found = {
+        "mixed": allocate(losses, table, budget, shape=shape),
+        "one scheme an expert": allocate(
+            losses, table, budget, shape=shape, options=Options(granularity=Granularity.EXPERT)
+        ),
+    }
+    for uniform in found["mixed"].uniform:
+        if uniform.within_budget or uniform.scheme.name == "w8a8_g-1_sym":
+            wide = Budget(avg_weight_bits=max(bits, uniform.avg_weight_bits))
+            options = Options(schemes=(uniform.scheme,))
+            found[f"uniform {uniform.scheme.name}"] = allocate(losses, table, wide, shape=shape, options=options)
+    frame = table.frame()
+    evidence = Evidence.from_cost_table(type(table)(frame[frame["linear"].isin(routed)]), shape.name,
+                                        shape.num_experts, loads)  # fmt: skip
+    experts = {layer: by_share(load) for layer, load in trace.items()}
+    problem = problem_of(losses, shape, budget, evidence, experts=experts)
+    study = best_of_study(Evaluator.of(problem), Settings(goal=Goal(loss_weight=0.5), num_trials=30), storage)
+    return found if study is None else found | {"study, r = 0.5": study}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.finalists", description=__doc__)
+    parser.add_argument("--model", default="qwen1.5-moe-a2.7b", metavar="NAME", help="(default: %(default)s)")
+    parser.add_argument("--gpu", default="h200", help="(default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--loads", default="decode=64,prefill=4096", metavar="A=TOKENS", help="(default: %(default)s)")
+    parser.add_argument("--budget-bits", type=float, default=4.25, metavar="BITS", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="an existing folder")
+    arguments = parser.parse_args(argv)
+    try:
+        shape = model(arguments.model)
+        trace = {
+            layer: log_normal(shape.num_experts, TRACED_TOKENS, shape.top_k, layer) for layer in range(arguments.layers)
+        }
+        loads = {
+            name: typical_load(trace, shape, tokens, name) for name, tokens in parse_loads(arguments.loads).items()
+        }
+        offered = [schemes.parse(name) for name in SCHEMES.split(",")]
+        storage = f"sqlite:///{(arguments.out / 'study.db').absolute()}"
+        found = finalists(shape, gpus.gpu(arguments.gpu), trace, loads, offered, arguments.budget_bits, storage)
+        write_trace(trace, arguments.out / "trace.json")
+        with replacing(arguments.out / "finalists.json") as temporary:
+            temporary.write_text(json.dumps({name: one.to_json() for name, one in found.items()}) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, one in found.items():
+        us = ", ".join(f"{scenario} {value:.1f} us" for scenario, value in one.predicted_latency_us.items())
+        print(f"{name}: {one.avg_weight_bits:.3f} bits, loss {one.predicted_loss:.5g}, {us}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
