@@ -31,6 +31,8 @@ from profiles.records import Status
 FORMAT = "bitile-bundle"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+OPTIONS = ("swiglu", "overlap")
+"""Of a KernelSpec; a manifest names those that are on."""
 KERNELS_PER_LIBRARY = 512
 """About 20 MB: a quick build is one library, a full one some dozens, of which a process loads those it calls."""
 
@@ -196,6 +198,7 @@ def _describe(spec: KernelSpec) -> dict[str, Any]:
         "schemes": [scheme.name for scheme in spec.schemes],
         "arch": spec.arch,
         "max_experts": spec.max_experts,
+        **{name: True for name in OPTIONS if getattr(spec, name)},
     }
 
 
@@ -205,6 +208,7 @@ def _spec(item: dict[str, Any]) -> KernelSpec:
         schemes=tuple(schemes.parse(name) for name in item["schemes"]),
         arch=item["arch"],
         max_experts=item["max_experts"],
+        **{name: bool(item.get(name, False)) for name in OPTIONS},
     )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernel_gen.formats import PackedWeights, pack, quantize
+from kernel_gen.formats import PackedWeights, pack, quantize, unpack
 from profiles.errors import SpecError
 from profiles.schemes import QuantScheme
+
+SWIGLU_ROWS = 8
+"""Rows of gate, then of up, that an epilogue takes together: half an MMA's 16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,15 +34,19 @@ class Experts:
     Args:
         stacks: one packed stack a scheme; every stack has the same N and K and lies on the same device.
         members: for each stack, the expert each of its entries is. Together they name every expert exactly once.
+        is_interleaved: rows are as `interleaved` puts them.
     """
 
-    def __init__(self, stacks: Sequence[PackedWeights], members: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, stacks: Sequence[PackedWeights], members: Sequence[Sequence[int]], *, is_interleaved: bool = False
+    ) -> None:
         _check_stacks(stacks, members)
         self.stacks = tuple(stacks)
         self.members = tuple(tuple(experts) for experts in members)
         self.n, self.k = stacks[0].n, stacks[0].k
         self.num_experts = sum(len(experts) for experts in members)
         self.device = stacks[0].blob.device
+        self.is_interleaved = is_interleaved
         self._bindings: dict[tuple[QuantScheme, ...], Binding] = {}
 
     @classmethod
@@ -53,6 +61,17 @@ class Experts:
         members = [[e for e, scheme in enumerate(per_expert) if scheme == wanted] for wanted in distinct]
         stacks = [pack(quantize(weights[experts], scheme)) for scheme, experts in zip(distinct, members, strict=True)]
         return cls(stacks, members)
+
+    def interleaved(self) -> Experts:
+        """The same weights [E, 2 * I, K] for a kernel with SwiGLU in its epilogue: eight rows of gate, which are I rows
+        before up's, then the eight of up that belong to them, and so on. SpecError unless I is a multiple of 8.
+        """
+        if self.is_interleaved or self.n % (2 * SWIGLU_ROWS):
+            raise SpecError(
+                f"experts: expected gate's rows before up's, {SWIGLU_ROWS} or a multiple each, got {self.n}"
+            )
+        rows = torch.arange(self.n, device=self.device).view(2, -1, SWIGLU_ROWS).transpose(0, 1).flatten()
+        return Experts([_with_rows(stack, rows) for stack in self.stacks], self.members, is_interleaved=True)
 
     @property
     def schemes(self) -> tuple[QuantScheme, ...]:
@@ -97,6 +116,19 @@ class Experts:
                 ),
             )
         return self._bindings[slots]
+
+
+def _with_rows(stack: PackedWeights, rows: Tensor) -> PackedWeights:
+    """The stack with its rows in this order."""
+    whole = unpack(stack)
+    return pack(
+        dataclasses.replace(
+            whole,
+            codes=whole.codes[:, rows],
+            scales=None if whole.scales is None else whole.scales[:, rows],
+            zeros=None if whole.zeros is None else whole.zeros[:, rows],
+        )
+    )
 
 
 def _addresses(stack: PackedWeights | None) -> list[int]:

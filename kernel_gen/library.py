@@ -34,15 +34,30 @@ class KernelLibrary:
         self._loaded: dict[KernelSpec, Kernel] = {}
         self._steps: dict[StepSpec, Callable[..., None]] = {}
 
-    def best(self, experts: Experts, num_rows: int) -> Kernel:
+    def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
         """The kernel that the latency model ranks first for these experts and so many rows of X."""
         config = choose(experts.scheme_of_expert, experts.n, experts.k, num_rows, self.gpu)
-        return self.kernel(config, experts.schemes, table_size(experts.num_experts))
+        size = table_size(experts.num_experts)
+        return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
 
-    def kernel(self, config: KernelConfig, schemes: tuple[QuantScheme, ...], max_experts: int = 256) -> Kernel:
+    def kernel(
+        self,
+        config: KernelConfig,
+        schemes: tuple[QuantScheme, ...],
+        max_experts: int = 256,
+        *,
+        swiglu: bool = False,
+        overlap: bool = False,
+    ) -> Kernel:
         """A certain kernel. UnsupportedError if the bundle lacks it."""
-        ordered = tuple(sorted(schemes, key=lambda scheme: scheme.name))
-        spec = KernelSpec(config=config, schemes=ordered, arch=self.gpu.arch, max_experts=max_experts)
+        spec = KernelSpec(
+            config=config,
+            schemes=tuple(sorted(schemes, key=lambda scheme: scheme.name)),
+            arch=self.gpu.arch,
+            max_experts=max_experts,
+            swiglu=swiglu,
+            overlap=overlap,
+        )
         if spec not in self._loaded:
             _require_no_capture(spec.label)
             self._loaded[spec] = self._bundled(spec) if self.bundle is not None else _compiled(spec)

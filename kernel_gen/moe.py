@@ -11,7 +11,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernel_gen.experts import Experts
+from kernel_gen.experts import SWIGLU_ROWS, Experts
+from kernel_gen.kernels.spec import can_overlap
 from kernel_gen.layer import plain
 from kernel_gen.layer.fused import MAX_RANKED_IDS, FusedSteps
 from kernel_gen.layer.routing import Routing
@@ -54,7 +55,9 @@ class Fusion(enum.Flag):
 
     ROUTE: expert ids to places in expert order. GATHER: tokens to those places, quantised on the way. SWIGLU: the first
     GEMM's output to the second's input, quantised on the way. COMBINE: back to tokens, times the router's weights. For
-    few tokens ROUTE and GATHER together are one launch.
+    few tokens ROUTE and GATHER together are one launch. EPILOGUE: SwiGLU in the first GEMM itself; SWIGLU then only
+    quantises, where the second GEMM reads 8 bits or fewer. OVERLAP: each kernel is launched while the one before it
+    ends, from sm_90 on.
     """
 
     NONE = 0
@@ -62,17 +65,21 @@ class Fusion(enum.Flag):
     GATHER = enum.auto()
     SWIGLU = enum.auto()
     COMBINE = enum.auto()
-    ALL = ROUTE | GATHER | SWIGLU | COMBINE
+    EPILOGUE = enum.auto()
+    OVERLAP = enum.auto()
+    ALL = ROUTE | GATHER | SWIGLU | COMBINE | EPILOGUE | OVERLAP
 
 
 class MoELayer(torch.nn.Module):
     """silu(X gate) * (X up), times down, summed over each token's experts with the router's weights.
 
     Args:
-        gate_up: [E, 2 * I, H] weights, gate's I rows before up's.
+        gate_up: [E, 2 * I, H] weights, gate's I rows before up's; or interleaved (Experts.interleaved), which saves a
+            copy of them where EPILOGUE is among the fusions.
         down: [E, H, I] weights.
         library: the kernels to choose from; the device's own by default.
-        fusions: what runs as kernels of this project, by default all; none of them from a bundle, which has GEMMs only.
+        fusions: what runs as kernels of this project, by default all that the sizes and the GPU allow; none of them
+            from a bundle, which has GEMMs only.
 
     Launches depend on shapes alone: no value is read by the host, so a CUDA graph can hold `forward` once it ran
     before. Under torch.compile the layer is one opaque step between compiled parts.
@@ -96,11 +103,17 @@ class MoELayer(torch.nn.Module):
             )
         if gate_up.device != down.device or gate_up.device.type != "cuda":
             raise SpecError(f"down: expected both on one CUDA device, got {gate_up.device} and {down.device}")
-        self.gate_up, self.down = gate_up, down
         self.kernels = library or library_of(gate_up.device.index or 0)
-        default = Fusion.ALL if self.kernels.bundle is None else Fusion.NONE
-        self.fusions = default if fusions is None else fusions
-        self._fused = FusedSteps(gate_up, down, self.kernels) if self.fusions else None
+        self.fusions = _default_fusions(gate_up, self.kernels) if fusions is None else fusions
+        if Fusion.EPILOGUE in self.fusions and Fusion.SWIGLU not in self.fusions:
+            raise SpecError("fusions: expected SWIGLU beside EPILOGUE, which quantises what the epilogue leaves")
+        if Fusion.EPILOGUE not in self.fusions and gate_up.is_interleaved:
+            raise SpecError("gate_up: expected gate's rows before up's, got them interleaved: only EPILOGUE reads that")
+        if Fusion.EPILOGUE in self.fusions and not gate_up.is_interleaved:
+            gate_up = gate_up.interleaved()
+        self.gate_up, self.down = gate_up, down
+        self._overlap = Fusion.OVERLAP in self.fusions
+        self._fused = FusedSteps(gate_up, down, self.kernels, overlap=self._overlap) if self.fusions else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
@@ -116,12 +129,9 @@ class MoELayer(torch.nn.Module):
         if expert_ids.numel() == 0:
             return hidden.new_zeros(len(hidden), self.down.n)
         routing, x = self._dispatch(hidden, expert_ids)
-        gate_up = grouped_gemm(x, self.gate_up, routing.offsets, library=self.kernels, check_offsets=False)
-        if fused := self._uses(Fusion.SWIGLU):
-            product = fused.swiglu(gate_up, routing)
-        else:
-            product = plain.swiglu(gate_up, self.down)
-        y = grouped_gemm(product, self.down, routing.offsets, library=self.kernels, check_offsets=False)
+        product = self._product(routing, x)
+        kernel = self.kernels.best(self.down, product.num_tokens, overlap=self._overlap)
+        y = kernel(product, self.down, routing.offsets)
         if fused := self._uses(Fusion.COMBINE):
             return fused.combine(y, routing, expert_weights)
         return plain.combine(y, routing, expert_weights)
@@ -141,6 +151,16 @@ class MoELayer(torch.nn.Module):
         if for_swiglu and self._fused is not None:
             routing = self._fused.with_formats(routing, expert_ids)
         return routing, plain.gather(hidden, routing, self.gate_up)
+
+    def _product(self, routing: Routing, x: Activations) -> Activations:
+        """silu(X gate) * (X up), as down reads it."""
+        is_whole = Fusion.EPILOGUE in self.fusions
+        kernel = self.kernels.best(self.gate_up, x.num_tokens, swiglu=is_whole, overlap=self._overlap)
+        gate_up = kernel(x, self.gate_up, routing.offsets)
+        fused = self._uses(Fusion.SWIGLU)
+        if fused is None:
+            return plain.swiglu(gate_up, self.down)
+        return fused.quantize(gate_up, routing) if is_whole else fused.swiglu(gate_up, routing)
 
     def _uses(self, step: Fusion) -> FusedSteps | None:
         """The fused steps, if this one is among the layer's fusions."""
@@ -178,6 +198,15 @@ class MoELayer(torch.nn.Module):
                 f"expert_weights: expected floats {list(expert_ids.shape)} on {device}, "
                 f"got {expert_weights.dtype} {list(expert_weights.shape)} on {expert_weights.device}"
             )
+
+
+def _default_fusions(gate_up: Experts, library: KernelLibrary) -> Fusion:
+    if library.bundle is not None:
+        return Fusion.NONE
+    fusions = Fusion.ALL
+    if gate_up.n % (2 * SWIGLU_ROWS):
+        fusions &= ~Fusion.EPILOGUE
+    return fusions if can_overlap(library.gpu.arch) else fusions & ~Fusion.OVERLAP
 
 
 def _check_offsets(offsets: Tensor, num_rows: int) -> None:

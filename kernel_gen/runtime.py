@@ -79,25 +79,27 @@ class Kernel:
             raise SpecError(f"ctas_per_sm: expected at least 1, got {ctas_per_sm}")
 
     def __call__(self, x: Tensor | Activations, experts: Experts, offsets: Tensor, out: Tensor | None = None) -> Tensor:
-        """Y [T, N] bf16: rows offsets[e]..offsets[e+1] of X [T, K] times expert e's weights, transposed.
+        """Y [T, N] bf16: rows offsets[e]..offsets[e+1] of X [T, K] times expert e's weights, transposed. From a kernel
+        with SwiGLU in its epilogue Y is [T, N / 2], silu(gate) * up.
 
         Args:
             x: bf16 [T, K], tokens sorted by expert, on the experts' device; or activations prepared before.
             experts: the linear's weights; their schemes are among the kernel's.
             offsets: int32 [E + 1] on the same device, rising from 0 to T. Not read by the host: out of range they are
                 clamped.
-            out: bf16 [T, N], contiguous, N a multiple of 8.
+            out: as Y, contiguous, its rows a multiple of 8 long.
         """
         activations = x if isinstance(x, Activations) else prepare_activations(x, experts.schemes)
         self._check(activations, experts, offsets)
-        y = self._output(activations, experts, out)
+        columns = experts.n // 2 if self.spec.swiglu else experts.n
+        y = self._output(activations, columns, experts.device, out)
         if activations.num_tokens == 0:
-            return y[:, : experts.n]
+            return y[:, :columns]
         binding = experts.bind(self.spec.schemes)
         grid = self.grid(activations.num_tokens, experts)
         with torch.cuda.device(experts.device):
             self.function(y, offsets, binding.plan, binding.weights, *activations.addresses, experts.k, grid)
-        return y[:, : experts.n]
+        return y[:, :columns]
 
     def grid(self, num_tokens: int, experts: Experts) -> int:
         """CTAs of a launch: as many as are resident at once, or as the tiles there can be at most; whole clusters."""
@@ -114,6 +116,8 @@ class Kernel:
             )
         if experts.device.type != "cuda":
             raise SpecError(f"experts: expected weights on a CUDA device, got {experts.device}")
+        if self.spec.swiglu and not experts.is_interleaved:
+            raise SpecError("experts: expected gate and up interleaved, as Experts.interleaved gives them")
         if x.k != experts.k:
             raise SpecError(f"x: expected K = {experts.k} as the experts have, got {x.k}")
         if any(tensor.device != experts.device for tensor in x.tensors):
@@ -134,24 +138,24 @@ class Kernel:
                 f"got {offsets.dtype} {list(offsets.shape)} on {offsets.device}"
             )
 
-    def _output(self, x: Activations, experts: Experts, out: Tensor | None) -> Tensor:
-        width = -(-experts.n // ROW_ALIGN) * ROW_ALIGN
+    def _output(self, x: Activations, columns: int, device: torch.device, out: Tensor | None) -> Tensor:
+        width = -(-columns // ROW_ALIGN) * ROW_ALIGN
         if out is None:
-            return torch.empty(x.num_tokens, width, dtype=torch.bfloat16, device=experts.device)
-        expected = (x.num_tokens, experts.n)
+            return torch.empty(x.num_tokens, width, dtype=torch.bfloat16, device=device)
+        expected = (x.num_tokens, columns)
         if (
             out.dtype != torch.bfloat16
             or out.shape != expected
-            or out.device != experts.device
+            or out.device != device
             or not out.is_contiguous()
             or out.data_ptr() % 16
         ):
             raise SpecError(
-                f"out: expected contiguous, 16-byte aligned bfloat16 {list(expected)} on {experts.device}, "
+                f"out: expected contiguous, 16-byte aligned bfloat16 {list(expected)} on {device}, "
                 f"got {out.dtype} {list(out.shape)} on {out.device}"
             )
-        if experts.n != width:
+        if columns != width:
             raise SpecError(
-                f"out: N = {experts.n} is not a multiple of {ROW_ALIGN}: leave out away and take the result's view"
+                f"out: N = {columns} is not a multiple of {ROW_ALIGN}: leave out away and take the result's view"
             )
         return out

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocations", default=names, metavar="A,B", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--configs", type=_at_least_one, default=4, metavar="N", help="timed for each launch (default: %(default)s)"
+        "--configs", type=_at_least_one, default=8, metavar="N", help="timed for each launch (default: %(default)s)"
     )
     return parser
 

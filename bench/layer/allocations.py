@@ -97,6 +97,7 @@ MIXED = (
     _mix("w2a16/w4a16/w8a8 fp8", "w4a16_g128_sym", "w8a8_g-1_sym_e4m3", w2=0.3),
     _mix("w2a16/w4a8/w8a8 fp8", "w4a8_g128_sym_e4m3", "w8a8_g-1_sym_e4m3", w2=0.1),
     _mix("w4a8/w8a8 fp8", "w4a8_g128_sym_e4m3", "w8a8_g-1_sym_e4m3"),
+    _mix("w4a8/w8a8 int8 by row", "w4a8_g-1_sym", "w8a8_g-1_sym"),
     _mix("w2a16/w4a8/w8a8 int8", "w4a8_g128_sym", "w8a8_g-1_sym", w2=0.1),
 )
 ALLOCATIONS = (BF16, *UNIFORM, *MIXED)

@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.layer.allocations import BF16, MIXED, Allocation, Group, total_bits
 from bench.layer.cells import Cell, Given
 from bench.layer.layers import DenseLayer, Gemm, LaunchPerScheme, OneLaunch, SteppedLayer, torch_gemm, torch_layer
+from bench.layer.reference import expected_output
 from bench.layer.tuning import QUICK_RULE, TimeLaunches, TunedLibrary, ranked
 from bench.layer.weights import LayerWeights, num_sets
 from kernel_gen.experts import Experts
@@ -41,8 +42,8 @@ class Variant(Enum):
 class Entry:
     """One contender: the same layer over several sets of weights, which take turns.
 
-    part: the layer only up to this part, or without this fusion; empty: the whole layer, which is checked against
-    `expected`.
+    part: the layer only up to this part, or without this fusion; empty: the whole layer. expected: the output's first
+    rows, where it is checked.
     """
 
     allocation: str
@@ -50,7 +51,7 @@ class Entry:
     variant: Variant
     avg_bits: float
     layers: tuple[Callable[[], object], ...]
-    expected: Callable[[], Tensor] | None = None
+    expected: Tensor | None = None
     part: str = ""
     configs: str = ""
 
@@ -73,16 +74,17 @@ class Context:
         """Rows of all experts."""
         return int(self.given.ids.numel())
 
-    def sets_of(self, first: Sequence[QuantScheme], second: Sequence[QuantScheme]) -> list[tuple[Experts, Experts]]:
+    def one_of(self, schemes: Sequence[Sequence[QuantScheme]], *, interleaved: bool) -> tuple[Experts, Experts]:
+        """A layer's weights in memory of their own."""
+        gate_up = self.weights.experts(Linear.GATE_UP, schemes[0], interleaved=interleaved)
+        return gate_up, self.weights.experts(Linear.DOWN, schemes[1])
+
+    def sets_of(self, schemes: Sequence[Sequence[QuantScheme]], *, interleaved: bool) -> list[tuple[Experts, Experts]]:
         """As many layers as keep L2 cold."""
-        one = (self.weights.experts(Linear.GATE_UP, first), self.weights.experts(Linear.DOWN, second))
+        one = self.one_of(schemes, interleaved=interleaved)
         share = sum(count > 0 for count in self.given.counts) / len(self.given.counts)
         count = num_sets(share * sum(experts.num_bytes for experts in one), self.l2_bytes)
-        more = [
-            (self.weights.experts(Linear.GATE_UP, first), self.weights.experts(Linear.DOWN, second))
-            for _ in range(count - 1)
-        ]
-        return [one, *more]
+        return [one, *(self.one_of(schemes, interleaved=interleaved) for _ in range(count - 1))]
 
 
 def per_expert(allocation: Allocation, cell: Cell, linear: Linear) -> tuple[QuantScheme, ...]:
@@ -116,11 +118,11 @@ def ours(allocation: Allocation, context: Context) -> Iterator[Entry]:
     """MoELayer; for a mix also a launch a scheme; for some allocations its parts, and each fusion left out."""
     cell, given, library = context.cell, context.given, context.library
     schemes = [per_expert(allocation, cell, linear) for linear in Linear]
-    sets = context.sets_of(*schemes)
+    sets = context.sets_of(schemes, interleaved=True)
     configs = _tune(sets, context)
     bits = _avg_bits(schemes, cell)
     layers = [MoELayer(*pair, library=library, fusions=Fusion.ALL) for pair in sets]
-    plain = MoELayer(*sets[0], library=library, fusions=Fusion.NONE)
+    expected = expected_output(context.weights, schemes, given)
 
     def entry(variant: Variant, made: Sequence[Layer], part: str = "", configs: str = configs) -> Entry:
         return Entry(
@@ -129,7 +131,7 @@ def ours(allocation: Allocation, context: Context) -> Iterator[Entry]:
             variant=variant,
             avg_bits=bits,
             layers=tuple(_bound(layer, given) for layer in made),
-            expected=lambda: plain(*given.tensors),
+            expected=expected,
             part=part,
             configs=configs,
         )
@@ -140,12 +142,13 @@ def ours(allocation: Allocation, context: Context) -> Iterator[Entry]:
             split = [LaunchPerScheme(*pair, library, streams) for pair in sets]
             yield entry(variant, split, configs=_tune_shares(split, context))
     if allocation.name in PARTS_OF:
+        apart = context.sets_of(schemes, interleaved=False)
         for fusion in Fusion:
-            left = [MoELayer(*pair, library=library, fusions=Fusion.ALL & ~fusion) for pair in sets]
+            without = Fusion.EPILOGUE | fusion if fusion is Fusion.SWIGLU else fusion
+            of = apart if Fusion.EPILOGUE in without else sets
+            left = [MoELayer(*pair, library=library, fusions=Fusion.ALL & ~without) for pair in of]
             yield entry(Variant.OURS, left, part=f"without {str(fusion.name).lower()}")
-        apart = [OneLaunch(*pair, library, overlap=False) for pair in sets]
-        yield entry(Variant.OURS, apart, part="without overlap")
-        stepped = [OneLaunch(*pair, library).prefixes(*given.tensors) for pair in sets]
+        stepped = [OneLaunch(*pair, library, overlap=True).prefixes(*given.tensors) for pair in sets]
         for part in stepped[0]:
             yield Entry(
                 allocation=allocation.name,
@@ -167,12 +170,12 @@ def others(context: Context) -> Iterator[Callable[[], Entry]]:
     """bf16 layers around torch's and Triton's grouped GEMMs. Each is made when it is called."""
     cell, given, library = context.cell, context.given, context.library
     schemes = [per_expert(BF16, cell, linear) for linear in Linear]
-    experts = context.weights.experts(Linear.GATE_UP, schemes[0]), context.weights.experts(Linear.DOWN, schemes[1])
+    experts = context.one_of(schemes, interleaved=False)
     dense = [context.weights.dense(linear, BF16.middle) for linear in Linear]
     share = sum(count > 0 for count in given.counts) / len(given.counts)
     count = num_sets(share * sum(2 * part.numel() for part in dense), context.l2_bytes)
     sets = [(dense[0], dense[1]), *((dense[0].clone(), dense[1].clone()) for _ in range(count - 1))]
-    ours_in_bf16 = MoELayer(*experts, library=library, fusions=Fusion.ALL)
+    expected = expected_output(context.weights, schemes, given)
 
     def entry(variant: Variant, made: Sequence[Layer], configs: str = "") -> Entry:
         return Entry(
@@ -181,7 +184,7 @@ def others(context: Context) -> Iterator[Callable[[], Entry]]:
             variant=variant,
             avg_bits=16.0,
             layers=tuple(_bound(layer, given) for layer in made),
-            expected=lambda: ours_in_bf16(*given.tensors),
+            expected=expected,
             configs=configs,
         )
 
@@ -198,7 +201,7 @@ def others(context: Context) -> Iterator[Callable[[], Entry]]:
         return entry(Variant.TORCH_OUR_STEPS, made)
 
     def triton() -> Entry:
-        gemms, name = _triton_gemms(SteppedLayer(*experts, library), sets, context)
+        gemms, name = _triton_gemms(SteppedLayer(*experts, library, overlap=True), sets, context)
         return entry(Variant.TRITON_OUR_STEPS, [DenseLayer(experts, library, pair, gemms) for pair in sets], name)
 
     yield from (in_torch, our_steps, triton)
@@ -223,7 +226,7 @@ def _avg_bits(schemes: Sequence[Sequence[QuantScheme]], cell: Cell) -> float:
 
 def _tune(sets: Sets, context: Context) -> str:
     """Both linears of MoELayer."""
-    layer = OneLaunch(*sets[0], context.library)
+    layer = OneLaunch(*sets[0], context.library, overlap=False)
     names = []
 
     def tune(linear: Linear, index: int, x: Activations, offsets: Tensor, out: Tensor) -> None:
@@ -235,9 +238,9 @@ def _tune(sets: Sets, context: Context) -> str:
         names.append(context.library.tune(of_linear, x.num_tokens, configs, x, offsets, out, context.time_launches))
 
     routing, x = layer.dispatch(context.given.hidden, context.given.ids)
-    gate_up = _rows(context, layer.gate_up.n)
+    gate_up = _rows(context, layer.gate_up.n // 2)
     tune(Linear.GATE_UP, 0, x, routing.offsets, gate_up)
-    product = layer.steps.swiglu(gate_up, routing)
+    product = layer.product(gate_up, routing)
     tune(Linear.DOWN, 1, product, routing.offsets, _rows(context, layer.down.n))
     return ", ".join(names)
 
@@ -246,11 +249,11 @@ def _tune_shares(split: Sequence[LaunchPerScheme], context: Context) -> str:
     """Every launch of a layer that has one a scheme."""
     first, names = split[0], []
     routing, x = first.dispatch(context.given.hidden, context.given.ids)
-    gate_up = _rows(context, first.gate_up.n)
+    gate_up = _rows(context, first.gate_up.n // 2)
     out = gate_up
     for linear, name in ((Linear.GATE_UP, "first"), (Linear.DOWN, "second")):
         if linear is Linear.DOWN:
-            x, out = first.steps.swiglu(gate_up, routing), _rows(context, first.down.n)
+            x, out = first.product(gate_up, routing), _rows(context, first.down.n)
         for index, share in enumerate(first.shares[name]):
             counts = [context.given.counts[expert] for expert in share.members[0]]
             configs = configs_of(

@@ -20,10 +20,10 @@ Gemm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SteppedLayer:
-    """Our fused steps around any two GEMMs."""
+    """Our fused steps around any two GEMMs. gate_up interleaved: the first GEMM gives the product already."""
 
-    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool | None = None) -> None:
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool) -> None:
+        self.gate_up, self.down, self.overlap = gate_up, down, overlap
         self.steps = FusedSteps(gate_up, down, library, overlap=overlap)
 
     def first(self, x: Activations, routing: Routing) -> Tensor:
@@ -42,8 +42,14 @@ class SteppedLayer:
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """As MoELayer.forward."""
         routing, x = self.dispatch(hidden, ids)
-        product = self.steps.swiglu(self.first(x, routing), routing)
+        product = self.product(self.first(x, routing), routing)
         return self.steps.combine(self.second(product, routing), routing, weights)
+
+    def product(self, gate_up: Tensor, routing: Routing) -> Activations:
+        """What the second GEMM reads."""
+        if self.gate_up.is_interleaved:
+            return self.steps.quantize(gate_up, routing)
+        return self.steps.swiglu(gate_up, routing)
 
     def prefixes(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Callable[[], object]]:
         """The layer up to each part, so that a part's time is its prefix's less the one before."""
@@ -54,7 +60,7 @@ class SteppedLayer:
 
         def up_to_swiglu() -> tuple[Routing, Activations]:
             routing, gate_up = up_to_first()
-            return routing, self.steps.swiglu(gate_up, routing)
+            return routing, self.product(gate_up, routing)
 
         def up_to_second() -> Tensor:
             routing, product = up_to_swiglu()
@@ -75,26 +81,30 @@ class SteppedLayer:
 class OneLaunch(SteppedLayer):
     """MoELayer with all fusions, part by part."""
 
-    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool | None = None) -> None:
+    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool) -> None:
         super().__init__(gate_up, down, library, overlap=overlap)
         self._library = library
 
     def first(self, x: Activations, routing: Routing) -> Tensor:
         """One launch."""
-        return self._library.best(self.gate_up, x.num_tokens)(x, self.gate_up, routing.offsets)
+        swiglu = self.gate_up.is_interleaved
+        kernel = self._library.best(self.gate_up, x.num_tokens, swiglu=swiglu, overlap=self.overlap)
+        return kernel(x, self.gate_up, routing.offsets)
 
     def second(self, x: Activations, routing: Routing) -> Tensor:
         """One launch."""
-        return self._library.best(self.down, x.num_tokens)(x, self.down, routing.offsets)
+        return self._library.best(self.down, x.num_tokens, overlap=self.overlap)(x, self.down, routing.offsets)
 
 
 class LaunchPerScheme(SteppedLayer):
-    """The same experts, a launch a scheme: one after the other, or each on a stream of its own."""
+    """The same experts, a launch a scheme: one after the other, or each on a stream of its own, where launches do not
+    overlap otherwise.
+    """
 
     def __init__(
         self, gate_up: Experts, down: Experts, library: KernelLibrary, streams: Sequence[torch.cuda.Stream] = ()
     ) -> None:
-        super().__init__(gate_up, down, library)
+        super().__init__(gate_up, down, library, overlap=not streams)
         self._library, self._streams = library, tuple(streams)
         self.shares = {
             linear: [SchemeShare(whole, index) for index in range(len(whole.stacks))]
@@ -111,13 +121,16 @@ class LaunchPerScheme(SteppedLayer):
 
     def _all(self, linear: str, x: Activations, routing: Routing) -> Tensor:
         shares = self.shares[linear]
-        y = torch.empty(x.num_tokens, shares[0].n, dtype=torch.bfloat16, device=routing.offsets.device)
+        swiglu = shares[0].is_interleaved
+        columns = shares[0].n // 2 if swiglu else shares[0].n
+        y = torch.empty(x.num_tokens, columns, dtype=torch.bfloat16, device=routing.offsets.device)
         main = torch.cuda.current_stream()
         for index, share in enumerate(shares):
             stream = self._streams[index] if self._streams else main
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
-                self._library.best(share, x.num_tokens)(x, share, routing.offsets, out=y)
+                kernel = self._library.best(share, x.num_tokens, swiglu=swiglu, overlap=self.overlap)
+                kernel(x, share, routing.offsets, out=y)
         for stream in self._streams[: len(shares)]:
             main.wait_stream(stream)
         return y
@@ -133,7 +146,7 @@ class DenseLayer(SteppedLayer):
         dense: tuple[Tensor, Tensor],
         gemms: Sequence[Gemm],
     ) -> None:
-        super().__init__(*experts, library)
+        super().__init__(*experts, library, overlap=True)
         self._dense, self._gemms = dense, tuple(gemms)
 
     def first(self, x: Activations, routing: Routing) -> Tensor:

@@ -1,7 +1,7 @@
 """Each cell's layers in one run, interleaved, on the same tokens and routing; L2 is cold of weights.
 
-A layer's values are checked before its time counts: ours against the same layer in torch's operators, the others
-against our bf16 layer. Then rounds: in each, every layer is timed once (kernel_gen.timing), so that a clock that falls
+A layer's first tokens are checked before its time counts, against a float32 MoE of the weights that it really has. Then
+rounds: in each, every layer is timed once (kernel_gen.timing), so that a clock that falls
 falls on all; a latency is the median of the rounds.
 """
 
@@ -32,8 +32,8 @@ from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec
 
 RULE = SampleRule(min_samples=10, max_samples=10)
-LARGEST_DIFFERENCE = 0.05
-"""Relative, in the Frobenius norm, between two ways to the same layer: 8-bit codes next to a boundary differ."""
+LARGEST_DIFFERENCE = 0.03
+"""Relative, in the Frobenius norm: what the linears pass on is bf16, and 8-bit codes next to a boundary differ."""
 NUM_STREAMS = 4
 
 
@@ -59,7 +59,7 @@ def specs_needed(
         for allocation in dict.fromkeys((BF16, *allocations)):
             for linear, schemes, tokens in launches_of(allocation, cell, counts):
                 for config in configs_of(schemes, cell, linear, tokens, gpu, num_configs):
-                    found[spec_of(config, schemes, gpu, cell.shape.num_experts)] = None
+                    found[spec_of(config, schemes, gpu, cell.shape.num_experts, linear)] = None
     return list(found)
 
 
@@ -152,9 +152,9 @@ def _check(entry: Entry) -> str | None:
         found = layer()
     if entry.expected is None:
         return None
-    expected = entry.expected().float()
     assert isinstance(found, torch.Tensor)
-    difference = float((found.float() - expected).norm() / expected.norm())
+    first = found[: len(entry.expected)].float()
+    difference = float((first - entry.expected).norm() / entry.expected.norm())
     return None if difference <= LARGEST_DIFFERENCE else f"its output is {difference:.3g} off, relative"
 
 

@@ -24,6 +24,7 @@ from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GpuSpec
 from profiles.kernels import GemmShape, KernelConfig
 from profiles.loads import TokenLoad
+from profiles.models import Linear
 from profiles.schemes import QuantScheme
 
 QUICK_RULE = SampleRule(min_samples=5, max_samples=5, batch=5)
@@ -54,14 +55,24 @@ def ranked(
     return [configs[index] for index in order[:num_configs]]
 
 
-def spec_of(config: KernelConfig, schemes: Iterable[QuantScheme], gpu: GpuSpec, num_experts: int) -> KernelSpec:
-    """What `TunedLibrary` asks its bundle for."""
-    slots = tuple(sorted(set(schemes), key=lambda scheme: scheme.name))
-    return KernelSpec(config=config, schemes=slots, arch=gpu.arch, max_experts=table_size(num_experts))
+def spec_of(
+    config: KernelConfig, schemes: Iterable[QuantScheme], gpu: GpuSpec, num_experts: int, linear: Linear
+) -> KernelSpec:
+    """What `TunedLibrary` asks its bundle for: the kernel that layers launch."""
+    return KernelSpec(
+        config=config,
+        schemes=tuple(sorted(set(schemes), key=lambda scheme: scheme.name)),
+        arch=gpu.arch,
+        max_experts=table_size(num_experts),
+        swiglu=linear is Linear.GATE_UP,
+        overlap=True,
+    )
 
 
 class TunedLibrary(KernelLibrary):
-    """GEMMs from a bundle, of which `tune` chose one for each linear and number of rows; steps compiled in process."""
+    """GEMMs from a bundle, of which `tune` chose one for each linear and number of rows. Steps, and other variants of
+    what was chosen, are compiled in process.
+    """
 
     def __init__(self, gpu: GpuSpec, bundle: Bundle) -> None:
         super().__init__(gpu, bundle)
@@ -78,12 +89,18 @@ class TunedLibrary(KernelLibrary):
         """Compiled in process."""
         return self._compiling.step(spec)
 
-    def best(self, experts: Experts, num_rows: int) -> Kernel:
+    def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
         """What `tune` chose. SpecError where it did not."""
         try:
-            return self._chosen[_key(experts, num_rows)]
+            chosen = self._chosen[_key(experts, num_rows)]
         except KeyError:
             raise SpecError(f"no kernel was chosen for {experts.schemes} and {num_rows} rows") from None
+        if (chosen.spec.swiglu, chosen.spec.overlap) == (swiglu, overlap):
+            return chosen
+        found = self._compiling.kernel(
+            chosen.spec.config, chosen.spec.schemes, chosen.spec.max_experts, swiglu=swiglu, overlap=overlap
+        )
+        return Kernel(found.spec, found.function, chosen.ctas_per_sm)
 
     def tune(
         self,
@@ -96,14 +113,15 @@ class TunedLibrary(KernelLibrary):
         time_launches: TimeLaunches,
     ) -> str:
         """Choose among these by time; the name of the fastest. UnsupportedError when the bundle has none of them."""
-        first = sets[0]
+        first, swiglu = sets[0], sets[0].is_interleaved
         if (key := _key(first, num_rows)) in self._chosen:
             return self._chosen[key].spec.config.name
         found: list[tuple[float, Kernel]] = []
         refused: list[str] = []
         for config in configs:
             try:
-                kernel = self.kernel(config, first.schemes, table_size(first.num_experts))
+                size = table_size(first.num_experts)
+                kernel = self.kernel(config, first.schemes, size, swiglu=swiglu, overlap=True)
             except UnsupportedError as error:
                 refused.append(str(error))
                 continue
@@ -114,9 +132,8 @@ class TunedLibrary(KernelLibrary):
             found.append((time_launches(launches, QUICK_RULE).median_us, kernel))
         if not found:
             raise UnsupportedError(f"{first.schemes}", refused or ["no configuration is legal"])
-        kernel = min(found, key=lambda pair: pair[0])[1]
-        self._chosen[key] = kernel
-        return kernel.spec.config.name
+        self._chosen[key] = min(found, key=lambda pair: pair[0])[1]
+        return self._chosen[key].spec.config.name
 
 
 def _launch(kernel: Kernel, x: Activations, experts: Experts, offsets: Tensor, out: Tensor) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernel_gen.experts import Experts
-from kernel_gen.formats import PackedWeights, unpack
+from kernel_gen.formats import PackedWeights, dequantize, unpack
 from kernel_gen.measure import COLD_L2_FACTOR, make_stack
 from profiles.models import Linear, MoeShape
 from profiles.schemes import QuantScheme
@@ -26,31 +26,36 @@ class LayerWeights:
 
     def __init__(self, shape: MoeShape, device: str) -> None:
         self.shape, self.device = shape, device
-        self._stacks: dict[tuple[Linear, QuantScheme], PackedWeights] = {}
+        self._stacks: dict[tuple[Linear, QuantScheme, bool], PackedWeights] = {}
 
-    def experts(self, linear: Linear, per_expert: Sequence[QuantScheme]) -> Experts:
+    def experts(self, linear: Linear, per_expert: Sequence[QuantScheme], *, interleaved: bool = False) -> Experts:
         """One linear, each expert in its scheme, in memory of its own."""
         distinct = list(dict.fromkeys(per_expert))
         members = [[e for e, scheme in enumerate(per_expert) if scheme == wanted] for wanted in distinct]
         stacks = [
-            _picked(self._stack(linear, scheme), indices) for scheme, indices in zip(distinct, members, strict=True)
+            _picked(self._stack(linear, scheme, interleaved), indices)
+            for scheme, indices in zip(distinct, members, strict=True)
         ]
-        return Experts(stacks, members)
+        return Experts(stacks, members, is_interleaved=interleaved)
 
     def dense(self, linear: Linear, scheme: QuantScheme) -> Tensor:
         """bf16 [E, N, K], as the bf16 scheme has them."""
-        return unpack(self._stack(linear, scheme)).codes
+        return unpack(self._stack(linear, scheme, False)).codes
 
-    def forget(self, kept: Sequence[QuantScheme]) -> None:
-        """Free all schemes but these."""
-        self._stacks = {key: stack for key, stack in self._stacks.items() if key[1] in kept}
+    def real(self, linear: Linear, scheme: QuantScheme, expert: int) -> Tensor:
+        """One expert's weights [N, K] as they are after quantising, float32."""
+        return dequantize(unpack(_picked(self._stack(linear, scheme, False), [expert])))[0]
 
-    def _stack(self, linear: Linear, scheme: QuantScheme) -> PackedWeights:
-        if (linear, scheme) not in self._stacks:
+    def _stack(self, linear: Linear, scheme: QuantScheme, interleaved: bool) -> PackedWeights:
+        key = (linear, scheme, interleaved)
+        if key not in self._stacks and interleaved:
+            plain = Experts([self._stack(linear, scheme, False)], [range(self.shape.num_experts)])
+            self._stacks[key] = plain.interleaved().stacks[0]
+        elif key not in self._stacks:
             n, k = self.shape.gemm(linear)
             seed = list(Linear).index(linear)
-            self._stacks[linear, scheme] = make_stack(scheme, self.shape.num_experts, n, k, seed, self.device)
-        return self._stacks[linear, scheme]
+            self._stacks[key] = make_stack(scheme, self.shape.num_experts, n, k, seed, self.device)
+        return self._stacks[key]
 
 
 def num_sets(touched_bytes: float, l2_bytes: int) -> int:
@@ -70,6 +75,7 @@ class SchemeShare(Experts):
     def __init__(self, whole: Experts, index: int) -> None:
         self.stacks, self.members = (whole.stacks[index],), (whole.members[index],)
         self.n, self.k, self.num_experts, self.device = whole.n, whole.k, whole.num_experts, whole.device
+        self.is_interleaved = whole.is_interleaved
         self._bindings = {}
 
     @property

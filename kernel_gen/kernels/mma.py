@@ -27,6 +27,7 @@ from kernel_gen.kernels.loads import (
 from kernel_gen.kernels.mainloop import Mainloop
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
+from kernel_gen.kernels.swiglu_epilogue import SwigluEpilogue
 from kernel_gen.layouts import STRIP_BYTES, ActivationKind, layout_of
 
 
@@ -42,7 +43,8 @@ class Slot:
         self.loader = StageLoader(self.facts, self.stage, config.tile.m, config.tile.n, config.num_threads)
         self.mainloop = Mainloop(self.facts, self.stage, config.warps.m, m_blocks, n_blocks)
         token_scales = self.facts.activation in (ActivationKind.INT8, ActivationKind.E4M3, ActivationKind.INT4)
-        self.epilogue = Epilogue(
+        epilogue = SwigluEpilogue if spec.swiglu else Epilogue
+        self.epilogue = epilogue(
             m_blocks,
             n_blocks,
             self.facts.has_channel_scales,
@@ -59,6 +61,8 @@ class MmaKernel:
         self.tile_m, self.tile_n = config.tile.m, config.tile.n
         self.warps_m, self.num_threads, self.num_stages = config.warps.m, config.num_threads, config.num_stages
         self.min_ctas = config.min_ctas_per_sm
+        self.overlap = spec.overlap
+        self.rows_per_feature = 2 if spec.swiglu else 1
         self.slots = [Slot(spec, scheme) for scheme in spec.schemes]
         self.stage_bytes = smem.stage_bytes(config, spec.schemes)
         self.smem_bytes = smem.smem_bytes(config, spec.schemes, spec.max_experts)
@@ -89,6 +93,7 @@ class MmaKernel:
             stream=stream,
             min_blocks_per_mp=self.min_ctas,
             preferred_smem_carveout=100,
+            use_pdl=self.overlap,
         )
 
     @cute.kernel
@@ -117,12 +122,16 @@ class MmaKernel:
         activations = (x_bf16, x_int8, sx_int8, x_e4m3, sx_e4m3, x_int4, sx_int4)
         num_tokens = cute.size(y, mode=[0])
         num_features = cute.size(y, mode=[1])
-        units = (num_features + 63) // 64
-        feature_tiles = (num_features + (self.tile_m - 1)) // self.tile_m
+        num_rows = num_features * self.rows_per_feature
+        units = (num_rows + 63) // 64
+        feature_tiles = (num_rows + (self.tile_m - 1)) // self.tile_m
         stages = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint())
         table = stages + self.num_stages * self.stage_bytes
         weights_at = weights.iterator.toint()
         y_at = y.iterator.toint()
+        if const_expr(self.overlap):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         where = (table, lane, num_tiles, feature_tiles, ctas)
         what = (stages, tid, weights_at, activations, k, units)

@@ -10,18 +10,30 @@ from profiles.kernels import Family, KernelConfig
 from profiles.schemes import QuantScheme
 
 MAX_SLOTS = 4
+FIRST_OVERLAPPING = 90
 KERNEL_ABI = 1
 """Goes up when the entry's arguments or the packed layouts change: an old bundle is then refused."""
 
 
+def can_overlap(arch: str) -> bool:
+    """Whether kernels for this target may start before the one ahead of them has ended."""
+    return int(arch.removeprefix("sm_").rstrip("af")) >= FIRST_OVERLAPPING
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSpec:
-    """One kernel to compile. Slot i of a launch runs schemes[i]; arch is the target, such as sm_89."""
+    """One kernel to compile. Slot i of a launch runs schemes[i]; arch is the target, such as sm_89.
+
+    `swiglu`: Y is silu(gate) * up of rows that Experts.interleaved has put together. `overlap`: the kernel is launched
+    while the one before it ends, and waits for that one's results itself (programmatic dependent launch, sm_90 on).
+    """
 
     config: KernelConfig
     schemes: tuple[QuantScheme, ...]
     arch: str
     max_experts: int = 256
+    swiglu: bool = False
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.schemes) <= MAX_SLOTS:
@@ -30,11 +42,15 @@ class KernelSpec:
             raise ValueError(f"schemes of a kernel are distinct, got {[s.name for s in self.schemes]}")
         if self.max_experts < 32 or self.max_experts > 1024 or self.max_experts & (self.max_experts - 1):
             raise ValueError(f"max_experts is a power of two in 32..1024, got {self.max_experts}")
+        if self.overlap and not can_overlap(self.arch):
+            raise ValueError(f"overlap: {self.arch} has no programmatic dependent launch, sm_90 and later do")
 
     @property
     def label(self) -> str:
         """Readable: config, schemes, target."""
-        return f"{self.config.name}/{'+'.join(s.name for s in self.schemes)}/{self.arch}/e{self.max_experts}"
+        schemes = "+".join(scheme.name for scheme in self.schemes)
+        suffix = "/swiglu" * self.swiglu + "/overlap" * self.overlap
+        return f"{self.config.name}/{schemes}/{self.arch}/e{self.max_experts}{suffix}"
 
     @property
     def name(self) -> str:

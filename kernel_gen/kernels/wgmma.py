@@ -17,6 +17,7 @@ from kernel_gen import smem_wgmma
 from kernel_gen.kernels.loads import ACTIVATION_ARGUMENT
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
+from kernel_gen.kernels.swiglu_epilogue import WgmmaSwigluEpilogue
 from kernel_gen.kernels.wgmma_epilogue import WgmmaEpilogue
 from kernel_gen.kernels.wgmma_mainloop import CODE_TYPE, WgmmaMainloop
 from kernel_gen.kernels.wgmma_producer import Producer
@@ -26,7 +27,7 @@ from kernel_gen.layouts import ActivationKind, layout_of
 class Slot:
     """The units of one scheme in this kernel: a k loop and an epilogue for every width of a token tile, full last."""
 
-    def __init__(self, config, scheme, arrays) -> None:
+    def __init__(self, config, scheme, arrays, swiglu) -> None:
         self.facts = layout_of(scheme)
         tile_m, groups = config.tile.m, config.warps.m // 4
         self.producer = Producer(self.facts, tile_m, config.tile.n, smem_wgmma.token_box(config), config.cluster)
@@ -34,8 +35,9 @@ class Slot:
         self.mainloops = [
             WgmmaMainloop(self.facts, tile_m, width, groups, config.cluster) for width in config.token_widths
         ]
+        epilogue = WgmmaSwigluEpilogue if swiglu else WgmmaEpilogue
         self.epilogues = [
-            WgmmaEpilogue(
+            epilogue(
                 config, arrays, loop.tile_n, self.facts.has_channel_scales, self.token_scales, loop.extra_scale
             )
             for loop in self.mainloops
@@ -53,10 +55,12 @@ class WgmmaKernel:
         self.box = smem_wgmma.token_box(config)
         self.num_threads = config.num_threads
         self.min_ctas = config.min_ctas_per_sm
+        self.overlap = spec.overlap
         self.producer_registers = smem_wgmma.producer_registers(config)
         self.consumer_registers = smem_wgmma.consumer_registers(config)
         self.arrays = smem_wgmma.wgmma_arrays(config, spec.schemes, spec.max_experts)
-        self.slots = [Slot(config, scheme, self.arrays) for scheme in spec.schemes]
+        self.rows_per_feature = 2 if spec.swiglu else 1
+        self.slots = [Slot(config, scheme, self.arrays, spec.swiglu) for scheme in spec.schemes]
         self.scheduler = TileScheduler(self.tile_m, self.tile_n, spec.max_experts, config.raster)
 
     @cute.jit
@@ -99,6 +103,7 @@ class WgmmaKernel:
             stream=stream,
             min_blocks_per_mp=self.min_ctas,
             preferred_smem_carveout=100,
+            use_pdl=self.overlap,
         )
 
     def token_copy(self, slot, address, num_tokens, k):
@@ -141,7 +146,7 @@ class WgmmaKernel:
         group = cute.arch.make_warp_uniform(tid // 128)
         lane = tid % 32
         num_tokens = cute.size(y, mode=[0])
-        num_features = cute.size(y, mode=[1])
+        num_features = cute.size(y, mode=[1]) * self.rows_per_feature
         units = (num_features + 63) // 64
         rows: cutlass.Constexpr = self.tile_m * self.cluster
         feature_tiles = (num_features + (rows - 1)) // rows
@@ -153,6 +158,9 @@ class WgmmaKernel:
                 cute.arch.mbarrier_init(barriers + i, 1)
                 cute.arch.mbarrier_init(barriers + self.num_stages + i, 4 * self.groups * self.cluster)
             cute.arch.mbarrier_init_fence()
+        if const_expr(self.overlap):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         table = start + self.arrays.table
         num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()

@@ -29,6 +29,7 @@ class WgmmaEpilogue:
         self.buffer_bytes = arrays.output_buffer
         self.group_bytes = min(2, -(-config.tile.n // self.chunk)) * self.buffer_bytes
         self.group_scale_bytes = config.tile.n * 4
+        self.unit_features = 64  # of Y, that a unit of 64 rows becomes
 
     @cute.jit
     def fetch(self, at, tokens, tid):
@@ -63,45 +64,57 @@ class WgmmaEpilogue:
                 if tid % 128 + i * 128 < self.tile_n:
                     ptx.sts_f32(scales_at + (tid % 128 + i * 128) * 4, columns[i] * Float32(self.extra_scale))
             self.barrier(group)
-        to = ((lane & 7) + ((lane >> 4) << 3)) * self.row_bytes + (warp * 16 + ((lane >> 3) & 1) * 8) * 2
+        to = self.place(warp, lane)
         for first in cutlass.range_constexpr(0, self.tile_n, self.chunk):
             buffer = buffers + (first // self.chunk % 2) * self.buffer_bytes
             num: cutlass.Constexpr = min(self.chunk, self.tile_n - first)
             for pair in cutlass.range_constexpr(first // 16, (first + num) // 16):
                 column_scales = self.column_scales(scales_at, pair, lane)
                 for m in cutlass.range_constexpr(self.m_units):
-                    packed = []
-                    for j in cutlass.range_constexpr(2):
-                        for half in cutlass.range_constexpr(2):
-                            values = []
-                            for i in cutlass.range_constexpr(2):
-                                value = acc[(i, half, 2 * pair + j), m, 0]
-                                values.append(self.scaled(value, row_scales[m][half], column_scales[j][i]))
-                            packed.append(ptx.pack_bf16(values[0], values[1]))
-                    ptx.stmatrix_x4_trans(
-                        buffer + (pair * 16 - first) * self.row_bytes + m * 128 + to,
-                        packed[0],
-                        packed[1],
-                        packed[2],
-                        packed[3],
-                    )
+                    at_unit = buffer + (pair * 16 - first) * self.row_bytes + m * (2 * self.unit_features) + to
+                    self.put(acc, m, pair, row_scales[m], column_scales, at_unit)
             self.barrier(group)
             self.store(buffer, first, num, row, row_end, feature_tile, group, tid, y)
+
+    def place(self, warp, lane):
+        """Where in a buffer a lane stores its row of the 8x8 matrices of a unit and 16 tokens."""
+        return ((lane & 7) + ((lane >> 4) << 3)) * self.row_bytes + (warp * 16 + ((lane >> 3) & 1) * 8) * 2
+
+    def put(self, acc, m, pair, row_scales, column_scales, at_unit):
+        """A unit's sums for 16 tokens to a buffer."""
+        packed = []
+        for j in range(2):
+            for half in range(2):
+                values = self.pair_of(acc, m, 2 * pair + j, half, row_scales, column_scales[j])
+                packed.append(ptx.pack_bf16(values[0], values[1]))
+        ptx.stmatrix_x4_trans(at_unit, packed[0], packed[1], packed[2], packed[3])
+
+    def pair_of(self, acc, m, block, half, row_scales, column_scales):
+        """A row's sums for two tokens, scaled."""
+        return [self.scaled(acc[(i, half, block), m, 0], row_scales[half], column_scales[i]) for i in range(2)]
 
     @cute.jit
     def store(
         self, buffer, first: cutlass.Constexpr, num: cutlass.Constexpr, row, row_end, feature_tile, group, tid, y
     ):
-        """Tokens first .. first + num of the warpgroup's rows to Y: eight lanes a line of 64 features."""
+        """Tokens first .. first + num of the warpgroup's rows to Y: a lane 8 features, a line a unit's."""
         num_features = cute.size(y, mode=[1])
         thread = tid % 128
-        for i in cutlass.range_constexpr((num * self.m_units + 15) // 16):
-            line = i * 16 + thread // 8
+        lanes: cutlass.Constexpr = self.unit_features // 8
+        lines: cutlass.Constexpr = 128 // lanes
+        for i in cutlass.range_constexpr((num * self.m_units + lines - 1) // lines):
+            line = i * lines + thread // lanes
             token = line // self.m_units
             m = line % self.m_units
-            feature = feature_tile * self.tile_m + (m * self.groups + group) * 64 + (thread % 8) * 8
-            if row + first + token < row_end and feature < num_features:
-                a, b, c, d = ptx.lds128(buffer + token * self.row_bytes + m * 128 + (thread % 8) * 16)
+            unit = feature_tile * (self.tile_m // 64) + m * self.groups + group
+            feature = unit * self.unit_features + (thread % lanes) * 8
+            last = row_end
+            if const_expr(num * self.m_units % lines):
+                last = cutlass.min(row_end, row + first + num)
+            if row + first + token < last and feature < num_features:
+                a, b, c, d = ptx.lds128(
+                    buffer + token * self.row_bytes + m * (2 * self.unit_features) + (thread % lanes) * 16
+                )
                 target = y.iterator.toint() + (Int64(row + first + token) * num_features + feature) * 2
                 ptx.stg128(target, a, b, c, d)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernel_gen.experts import Experts
+from kernel_gen.kernels.spec import can_overlap
 from kernel_gen.kernels.steps.spec import (
     ACTIVATION_ARGUMENT,
     CHUNK,
@@ -22,7 +23,6 @@ from kernel_gen.kernels.steps.spec import (
     GatherSpec,
     PlaceSpec,
     SwigluSpec,
-    can_overlap,
     row_shape,
 )
 from kernel_gen.layer.routing import Routing, kinds_of
@@ -138,16 +138,24 @@ class FusedSteps:
 
     def swiglu(self, gate_up: Tensor, routing: Routing) -> Activations:
         """bf16 [rows, 2 * I] to silu(gate) * up, rounded once, in the form that its expert's second linear reads."""
-        rows, threads_vectors = len(gate_up), self._swiglu_shape
+        x = empty_activations(len(gate_up), self._intermediate, self._second_kinds, self._device)
+        self._swiglu(gate_up, routing, x, self._second_kinds, gated=True)
+        return x
+
+    def _swiglu(
+        self, source: Tensor, routing: Routing, x: Activations, kinds: tuple[ActivationKind, ...], *, gated: bool
+    ) -> None:
+        threads, vectors = self._swiglu_shape
         spec = SwigluSpec(
             arch=self._arch,
             overlap=self._overlap,
-            threads=threads_vectors[0],
-            vectors=threads_vectors[1],
-            kinds=self._second_kinds,
-            aligned=_is_aligned(gate_up, self._intermediate),
+            threads=threads,
+            vectors=vectors,
+            kinds=kinds,
+            aligned=_is_aligned(source, self._intermediate),
+            gated=gated,
+            by_row=len(self._second_kinds) > 1,
         )
-        x = empty_activations(rows, self._intermediate, self._second_kinds, self._device)
         formats = 0
         if len(self._second_kinds) > 1:
             if routing.row_formats is None:
@@ -155,9 +163,28 @@ class FusedSteps:
             formats = routing.row_formats.data_ptr()
         with torch.cuda.device(self._device):
             self._library.step(spec)(
-                routing.offsets, gate_up.data_ptr(), gate_up.stride(0), formats, *x.addresses, rows, self._intermediate
+                routing.offsets,
+                source.data_ptr(),
+                source.stride(0),
+                formats,
+                *x.addresses,
+                len(source),
+                self._intermediate,
             )
-        return x
+
+    def quantize(self, product: Tensor, routing: Routing) -> Activations:
+        """bf16 [rows, I], silu(gate) * up from a GEMM's epilogue, in the form that its expert's second linear reads."""
+        kinds = tuple(kind for kind in self._second_kinds if kind is not ActivationKind.BF16)
+        has_bf16 = len(kinds) < len(self._second_kinds)
+        if has_bf16 and not _is_aligned(product, self._intermediate):
+            raise SpecError(f"product: expected rows of whole vectors at 16 bytes, got {list(product.shape)}")
+        x = empty_activations(len(product), self._intermediate, kinds, self._device)
+        if kinds:
+            self._swiglu(product, routing, x, kinds, gated=False)
+        if not has_bf16:
+            return x
+        addresses = (product.data_ptr(), *x.addresses[1:])
+        return dataclasses.replace(x, addresses=addresses, tensors=(product, *x.tensors))
 
     def combine(self, y: Tensor, routing: Routing, expert_weights: Tensor) -> Tensor:
         """bf16 [rows, H] to bf16 [T, H]: each token's rows times floats [T, top_k], added in float32 in that order."""

@@ -8,10 +8,11 @@ torch = pytest.importorskip("torch")
 from bench.layer import report  # noqa: E402
 from bench.layer.__main__ import main  # noqa: E402
 from bench.layer.allocations import ALLOCATIONS, BF16, MIX_BITS, MIXED, UNIFORM, Group, allocation, total_bits  # noqa: E402
-from bench.layer.cells import Cell  # noqa: E402
+from bench.layer.cells import Cell, Given  # noqa: E402
 from bench.layer.contenders import Variant, launches_of, per_expert  # noqa: E402
 from bench.layer.layers import torch_layer  # noqa: E402
 from bench.layer.measuring import read_measured, specs_needed  # noqa: E402
+from bench.layer.reference import expected_output  # noqa: E402
 from bench.layer.weights import LayerWeights, SchemeShare, num_sets  # noqa: E402
 from profiles.errors import DataError, SpecError  # noqa: E402
 from profiles.gpus import gpu  # noqa: E402
@@ -89,6 +90,25 @@ def test_experts_are_entries_of_the_whole_stack(tiny) -> None:
     whole = weights.experts(Linear.GATE_UP, [BF16.middle] * 6)
     place = mixed.schemes.index(BF16.middle)
     assert torch.equal(mixed.stacks[place].blob, whole.stacks[0].blob[[3, 5]])
+
+
+def test_the_reference_is_the_moe_of_the_real_weights(tiny) -> None:
+    weights = LayerWeights(tiny, "cpu")
+    ids = torch.tensor([[0, 5], [3, 1]])
+    given = Given(
+        hidden=torch.randn(2, 64).to(torch.bfloat16), ids=ids, weights=torch.tensor([[1.0, 0.0], [0.5, 2.0]]), counts=()
+    )
+    schemes = [[MIXED[0].middle] * 6, [BF16.middle] * 6]
+    found = expected_output(weights, schemes, given)
+
+    def expert(token: int, index: int) -> torch.Tensor:
+        first = weights.real(Linear.GATE_UP, MIXED[0].middle, index)
+        gate, up = (given.hidden[token].float() @ first.T).chunk(2)
+        product = (torch.nn.functional.silu(gate) * up).to(torch.bfloat16).float()
+        return product @ weights.dense(Linear.DOWN, BF16.middle)[index].float().T
+
+    assert torch.allclose(found[0], expert(0, 0), atol=1e-5)
+    assert torch.allclose(found[1], 0.5 * expert(1, 3) + 2 * expert(1, 1), atol=1e-5)
 
 
 def test_a_share_plans_its_own_experts_only(tiny) -> None:

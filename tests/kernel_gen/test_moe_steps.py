@@ -7,13 +7,13 @@ import pytest
 pytest.importorskip("cutlass")
 
 from kernel_gen.compiler import inspect_step
+from kernel_gen.kernels.spec import can_overlap
 from kernel_gen.kernels.steps.spec import (
     CombineSpec,
     CountSpec,
     GatherSpec,
     PlaceSpec,
     SwigluSpec,
-    can_overlap,
     row_shape,
 )
 from kernel_gen.layouts import ActivationKind

@@ -9,10 +9,10 @@ _ptx = cute.arch.inline_ptx
 
 
 def begin(overlap):
-    """Let the next kernel be launched, and wait for the results of the one before, if launches overlap."""
+    """Wait for the results of the kernel before and let the next one be launched, if launches overlap."""
     if overlap:
-        cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
 
 
 def ldg32(addr):

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
-from kernel_gen.kernels.spec import module_digest
+from kernel_gen.kernels.spec import can_overlap, module_digest
 from kernel_gen.layouts import ActivationKind
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
 MAX_THREADS = 1024
-FIRST_OVERLAPPING = 90
 VECTOR = 8
 """bf16 values a thread loads at once, 16 bytes."""
 CHUNK = 1024
@@ -118,8 +117,13 @@ class GatherSpec(RowSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwigluSpec(RowSpec):
-    """silu(gate) * up of a row, quantised."""
+    """silu(gate) * up of a row, quantised; without `gated` of a row that is the product already.
 
+    `by_row`: each row has a form of its own, written down by `gather`; one that is not among `kinds` is not written.
+    """
+
+    gated: bool = True
+    by_row: bool = False
     module: ClassVar[str] = "kernel_gen.kernels.steps.swiglu"
 
 
@@ -132,11 +136,6 @@ class CombineSpec(StepSpec):
     weight_bits: int
     aligned: bool
     module: ClassVar[str] = "kernel_gen.kernels.steps.combine"
-
-
-def can_overlap(arch: str) -> bool:
-    """Whether kernels for this target may start before the one ahead of them has ended."""
-    return int(arch.removeprefix("sm_").rstrip("af")) >= FIRST_OVERLAPPING
 
 
 def row_shape(columns: int) -> tuple[int, int] | None:

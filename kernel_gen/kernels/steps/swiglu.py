@@ -16,6 +16,7 @@ class SwigluKernel:
 
     def __init__(self, spec: SwigluSpec) -> None:
         self.overlap = spec.overlap
+        self.gated, self.by_row = spec.gated, spec.by_row
         self.rows = Rows(spec.threads, spec.vectors, spec.aligned)
         self.forms = [Form(kind, self.rows) for kind in spec.kinds]
         self.needs_largest = any(form.is_quantized and not form.by_group for form in self.forms)
@@ -64,24 +65,27 @@ class SwigluKernel:
         if row < offsets[cute.size(offsets, mode=[0]) - 1]:
             source = gate_up + Int64(row) * stride * 2
             gate = self.rows.load(source, width, tid)
-            up = self.rows.load(source + Int64(width) * 2, width, tid)
             wanted = Int32(0)
-            if const_expr(len(self.forms) > 1):
+            if const_expr(self.by_row):
                 wanted = ptx.ldg32(row_formats + Int64(row) * 4) >> 8
-            product = []
-            for i in cutlass.range_constexpr(self.rows.vectors):
-                product.append([self.pair(a, b) for a, b in zip(gate[i], up[i], strict=True)])
+            product = gate
+            if const_expr(self.gated):
+                product = self.product(gate, self.rows.load(source + Int64(width) * 2, width, tid))
             largest = Int32(0)
             if const_expr(self.needs_largest):
                 largest, _ = self.rows.reduce(self.rows.thread_largest(product), [], scratch, tid)
             for f in cutlass.range_constexpr(len(self.forms)):
-                if const_expr(len(self.forms) == 1):
+                if const_expr(not self.by_row):
                     codes, scales = self.forms[f].quantize(product, largest)
                     self.forms[f].store(codes, scales, row, width, addresses, tid)
                 else:
                     if (wanted & 255) == self.forms[f].code:
                         codes, scales = self.forms[f].quantize(product, largest)
                         self.forms[f].store(codes, scales, row, width, addresses, tid)
+
+    def product(self, gate, up):
+        """Vector by vector."""
+        return [[self.pair(a, b) for a, b in zip(*words, strict=True)] for words in zip(gate, up, strict=True)]
 
     def pair(self, gate, up):
         """Two values of the product."""
