@@ -18,6 +18,7 @@ from rich.console import Console
 
 from kernel_gen.space import enumerate_configs, summarise
 from kernel_gen.sweeping import arguments, heatmap, report
+from kernel_gen.sweeping.again import cells_again
 from kernel_gen.sweeping.backends import Choice, choose, guided_sweep, say, sweep, table_path
 from kernel_gen.sweeping.guided_arguments import GuidedOptions
 from kernel_gen.sweeping.measuring import Bench
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
     """
     try:
         options = arguments.parse(argv)
-        cells = plan(options.request)
+        cells = plan_of(options)
         if options.guided is not None and options.guided.only_worth:
             show_worth(options, cells, options.guided)
             return 0
@@ -62,6 +63,13 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
     return 0
 
 
+def plan_of(options: arguments.Options) -> list[Cell]:
+    """The cells to sweep: what the request describes, or recorded launches."""
+    if not options.again:
+        return plan(options.request)
+    return cells_again(options.again, options.num_launches, options.request.gpu)
+
+
 def show_worth(options: arguments.Options, cells: Sequence[Cell], guided: GuidedOptions) -> None:
     """What tuning would gain and take, on stdout."""
     from kernel_gen.sweeping.worth import worth  # imports what learns
@@ -77,11 +85,13 @@ def carry_out(
 ) -> tuple[SweepResult, Outcome | None]:
     """Every candidate, or those that a latency model chooses; the outcome is that of its choices."""
     request, live = options.request, not options.as_json
+    if choice.source is Source.PREDICTED and (options.guided or options.again):
+        found = str(choice.remark).partition(",")[0]
+        raise SpecError(
+            f"{'--guided' if options.guided else '--again'} measures, but there is {found}: run it where the GPU is"
+        )
     if options.guided is None:
         return sweep(request, cells, choice, live=live, bench=bench, ray_address=options.ray_address), None
-    if choice.source is Source.PREDICTED:
-        found = str(choice.remark).partition(",")[0]
-        raise SpecError(f"--guided measures, but there is {found}: run it where the GPU is")
     return guided_sweep(request, cells, options.guided.guidance(request.gpu, say), live=live, bench=bench)
 
 

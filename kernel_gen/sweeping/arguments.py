@@ -31,6 +31,7 @@ from profiles.loads import GENERATORS
 from profiles.schemes import QuantScheme
 
 MAX_TOKENS = 1 << 20
+DEFAULT_LAUNCHES, MAX_LAUNCHES = 50, 1000
 EXAMPLES = """\
 examples:
   # A cost table for an RTX 4090 from any machine: predicted where there is none, measured where there is.
@@ -53,7 +54,9 @@ exit status: 0 done, 2 a mistake that you can mend (one sentence on stderr), 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The request, and how to carry it out and show it. `guided`: measure by choice, not all."""
+    """The request, and how to carry it out and show it. `guided`: measure by choice, not all. `again`: profiles of
+    which `num_launches` launches are measured anew, instead of what the request describes.
+    """
 
     request: SweepRequest
     backend: Backend
@@ -61,6 +64,8 @@ class Options:
     explain: bool
     ray_address: str | None
     guided: GuidedOptions | None
+    again: tuple[Path, ...] = ()
+    num_launches: int = DEFAULT_LAUNCHES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,6 +166,17 @@ def parser() -> argparse.ArgumentParser:
         "--ray", metavar="ADDRESS", help="spread the work over a Ray cluster, such as auto or 10.0.0.1:6379"
     )
     guided_arguments.add_to(made)
+    again = made.add_argument_group("measuring again")
+    again.add_argument(
+        "--again",
+        type=Path,
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="measure a few launches of these profiles anew, for python -m costmodel.recalibrate; they are chosen so"
+        " that they tell what changed",
+    )
+    again.add_argument("--launches", type=int, metavar="N", help=f"how many (default: {DEFAULT_LAUNCHES})")
     out = made.add_argument_group("output")
     out.add_argument(
         "--out",
@@ -185,6 +201,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     given = parser().parse_args(argv)
     gpu = gpus.gpu(given.gpu)
     guided = guided_arguments.parse(given)
+    _check_again(given)
     bundle = _bundle(given.bundle, gpu)
     effort = Effort(given.effort)
     if given.seed < 0:
@@ -211,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         out=_out(given.out, gpu),
         bundle=bundle,
         limit_s=given.time_limit,
-        tries=given.tries,
+        tries=given.launches or DEFAULT_LAUNCHES if given.again else given.tries,
         families=families,
     )
     return Options(
@@ -221,7 +238,22 @@ def parse(argv: Sequence[str] | None) -> Options:
         explain=given.explain,
         ray_address=given.ray,
         guided=guided,
+        again=tuple(given.again or ()),
+        num_launches=given.launches or DEFAULT_LAUNCHES,
     )
+
+
+def _check_again(given: argparse.Namespace) -> None:
+    """SpecError for options that do not go with --again, or need it."""
+    if given.launches is not None and not (given.again and 1 <= given.launches <= MAX_LAUNCHES):
+        raise SpecError(f"--launches {given.launches}: from 1 to {MAX_LAUNCHES}, and only with --again")
+    if not given.again:
+        return
+    if given.guided or given.worth or given.backend == Backend.PREDICT.value:
+        raise SpecError("--again measures what was measured before: leave out --guided, --worth and --backend predict")
+    for name in ("model", "linear", "tokens", "load", "schemes", "mixed", "tries"):
+        if getattr(given, name):
+            raise SpecError(f"--again measures launches that the profiles hold: leave out --{name}")
 
 
 def _split(texts: Sequence[str] | None) -> list[str]:

@@ -55,7 +55,7 @@ class Choices:
         log_us = np.log(X["latency_us"].to_numpy(dtype=np.float64) if base is None else base.predict(X))
         order = np.lexsort((log_us, cell_of))
         rank = np.arange(len(order)) - np.searchsorted(cell_of[order], cell_of[order])
-        kept = np.sort(order[rank < CANDIDATES_PER_CELL[request.effort]])
+        kept = np.sort(order[rank < (request.tries or CANDIDATES_PER_CELL[request.effort])])
         made = tuple(cells[priced[row][0]].candidate(priced[row][1]) for row in kept)
         cell_of = cell_of[kept]
         candidates = Candidates(

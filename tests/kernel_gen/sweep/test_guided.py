@@ -163,6 +163,11 @@ def test_the_closing_table_says_what_was_predicted(capsys: pytest.CaptureFixture
         ("--guided --max-seconds nan", "--max-seconds nan"),
         ("--guided --ray auto", "leave out --ray"),
         ("--guided --backend predict", "leave out --backend predict"),
+        ("--again p.parquet --model olmoe-1b-7b", "leave out --model"),
+        ("--again p.parquet --guided", "leave out --guided"),
+        ("--again p.parquet --launches 0", "--launches 0"),
+        ("--launches 10", "only with --again"),
+        ("--again p.parquet", "p.parquet: no such profile"),
         ("--guided", "--guided measures, but there is no h200 here (no NVIDIA GPU found)"),
     ],
 )
@@ -205,3 +210,23 @@ def test_worth_measures_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert out.startswith("olmoe-1b-7b on rtx4090, 18 launches")
     assert "minutes" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_recorded_launches_are_measured_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bench = CountingBench(tmp_path)
+    words = SMALL.replace(" --guided --latency-model none --batch 8", " --mixed w4a16_g128_sym+w8a8_g-1_sym --tries 3")
+    assert main(words.split(), bench=bench) == 0
+    recorded = ProfileStore(tmp_path / "p.parquet").records()
+    capsys.readouterr()
+    again = CountingBench(tmp_path)
+    body, _ = run(capsys, "--gpu rtx4090 --again p.parquet --launches 20 --out again.parquet", again)
+    rows = ProfileStore(tmp_path / "again.parquet").records()
+    assert len(rows) == 20 == sum(map(len, again.batches))
+    columns = ["linear", "config", "load_source", "n", "k"]
+    was = {tuple(row) for row in recorded[columns].itertuples(index=False)}
+    assert {tuple(row) for row in rows[columns].itertuples(index=False)} <= was
+    assert {len(set(used)) for used in rows["schemes"]} == {1, 2}
+    assert {name for used in rows["schemes"] for name in used} == {"w16a16", "w4a16_g128_sym", "w8a8_g-1_sym"}
+    assert body["rows"] == {"new": 20, "ok": 20}
+    assert main(["--gpu", "h200", "--again", "p.parquet", "--out", "x.parquet"], bench=again) == 2
+    assert "are of rtx4090, not h200" in capsys.readouterr().err
