@@ -37,9 +37,7 @@ class Slot:
         ]
         epilogue = WgmmaSwigluEpilogue if swiglu else WgmmaEpilogue
         self.epilogues = [
-            epilogue(
-                config, arrays, loop.tile_n, self.facts.has_channel_scales, self.token_scales, loop.extra_scale
-            )
+            epilogue(config, arrays, loop.tile_n, self.facts.has_channel_scales, self.token_scales, loop.extra_scale)
             for loop in self.mainloops
         ]
 
