@@ -65,41 +65,24 @@ def an_allocation(model: StreamedModel, names: tuple[str, ...]) -> tuple[Allocat
         for i, layer in enumerate(model.moe_layers)
         for expert in range(-1 if shape.num_shared_experts else 0, shape.num_experts)
         for linear in Linear
-        for name in set(names)
+        for name in {*names, "w16a16"}
     }
     made = Sensitivity.from_losses(losses, model=shape.name, metric="m", data="d", num_samples=1, seed=0)
     options = Options(granularity=Granularity.LAYER)
     return allocate(made, None, Budget(avg_weight_bits=16.5), shape=shape, options=options), made
 
 
-def test_the_checkpoint_is_what_was_measured(checkpoint: Path, tmp_path: Path) -> None:
-    """Its weights as the package decompresses them, in a plain model, do what the allocation was measured to do."""
-    model = StreamedModel(checkpoint)
-    calibration, held_out = (
-        read_sequences(checkpoint / name, checkpoint, vocab_size=model.vocab_size, length=64, number=8)
-        for name in ("calibrate.npy", "held_out.npy")
-    )
-    weight_only = ("w4a16_g-1_asym", "w3a16_g-1_sym", "w2a16_g-1_asym")[: len(model.moe_layers)]
-    allocation, _ = an_allocation(model, weight_only)
-    quantizer = Quantizer(method=Method.GPTQ, clip=True)
-    names = names_of(allocation.model, checkpoint)
-    written = write_checkpoint(model, calibration, allocation, names, quantizer, tmp_path / "out", batch_size=8)
-    modules = [module for block in allocation.assignment for module in names.modules(block)]
-    assert written.num_modules == len(modules)
-
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    content = config.pop("quantization_config")
-    assert {k: v for k, v in config.items() if k != "quantization_config"} == model.checkpoint.config
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
-    tensors = {
-        name: tensor for file in set(index.values()) for name, tensor in load_file(tmp_path / "out" / file).items()
-    }
-    assert set(index) == set(tensors)
-    assert written.total_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def decompressed(checkpoint: Path, exported: Path, modules: list[str], out: Path) -> Path:
+    """A plain checkpoint of what the package reads; everything else must be as it was."""
     from compressed_tensors.quantization import QuantizationConfig
 
-    package = QuantizationConfig.model_validate(content)
-    plain = {}
+    config = json.loads((exported / "config.json").read_text())
+    content = config.pop("quantization_config")
+    assert config == json.loads((checkpoint / "config.json").read_text())
+    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: tensor for file in set(index.values()) for name, tensor in load_file(exported / file).items()}
+    assert set(index) == set(tensors)
+    package, plain = QuantizationConfig.model_validate(content), {}
     for module in modules:
         prefix = f"{module}."
         state = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
@@ -107,17 +90,52 @@ def test_the_checkpoint_is_what_was_measured(checkpoint: Path, tmp_path: Path) -
     exact = {name: t for name, t in load_file(checkpoint / "model.safetensors").items() if name not in plain}
     assert set(tensors) == set(exact)
     assert all(torch.equal(tensors[name], exact[name]) for name in exact)
+    out.mkdir()
+    save_file({**exact, **plain}, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return out
 
-    (tmp_path / "plain").mkdir()
-    save_file({**exact, **plain}, tmp_path / "plain" / "model.safetensors")
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+
+def exported(checkpoint: Path, schemes_of_layers: tuple[str, ...], tmp_path: Path):
+    """(model, calibration, allocation, quantiser, modules) of what lies in tmp_path/out and tmp_path/plain."""
+    model = StreamedModel(checkpoint)
+    data = read_sequences(checkpoint / "calibrate.npy", checkpoint, vocab_size=model.vocab_size, length=64, number=8)
+    allocation, _ = an_allocation(model, schemes_of_layers)
+    quantizer = Quantizer(method=Method.GPTQ, clip=True)
+    names = names_of(allocation.model, checkpoint)
+    written = write_checkpoint(model, data, allocation, names, quantizer, tmp_path / "out", batch_size=8)
+    modules = [module for block in allocation.assignment for module in names.modules(block)]
+    assert written.num_modules == len(modules)
+    decompressed(checkpoint, tmp_path / "out", modules, tmp_path / "plain")
+    return model, data, allocation, quantizer
+
+
+def test_the_checkpoint_is_what_was_measured(checkpoint: Path, tmp_path: Path) -> None:
+    """Its weights as the package decompresses them, in a plain model, do what the allocation was measured to do."""
+    model, data, allocation, quantizer = exported(checkpoint, ("w4a16_g-1_asym", "w2a16_g-1_asym"), tmp_path)
+    held_out = read_sequences(checkpoint / "held_out.npy", checkpoint, vocab_size=model.vocab_size, length=64, number=8)
     measured = measure_allocations(
-        model, held_out.tokens, calibration.tokens, [allocation.assignment], quantizer, batch_size=8
+        model, held_out.tokens, data.tokens, [allocation.assignment], quantizer, batch_size=8
     )
     quantised = StreamedModel(tmp_path / "plain")
-    own = measure_allocations(quantised, held_out.tokens, calibration.tokens, [{}], quantizer, batch_size=8)
+    own = measure_allocations(quantised, held_out.tokens, data.tokens, [{}], quantizer, batch_size=8)
     assert measured.allocations[0].perplexity != pytest.approx(measured.exact_perplexity, rel=1e-4)
     assert own.exact_perplexity == pytest.approx(measured.allocations[0].perplexity, rel=1e-5)
+
+
+def test_transformers_loads_it(checkpoint: Path, tmp_path: Path) -> None:
+    """One symmetric scheme: transformers' own loader has one for all experts, without zero points."""
+    from transformers import AutoModelForCausalLM
+
+    exported(checkpoint, ("w4a16_g-1_sym", "w4a16_g-1_sym"), tmp_path)
+    ids = torch.from_numpy(np.load(checkpoint / "held_out.npy")[:2])
+    logits = []
+    for folder in (tmp_path / "out", tmp_path / "plain", checkpoint):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(loaded(ids).logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-4 * float(logits[1].abs().max()))
+    assert float((logits[1] - logits[2]).abs().max()) > 1e-2 * float(logits[1].abs().max())
 
 
 def command(checkpoint: Path, tmp_path: Path, names: tuple[str, ...], *more: str) -> list[str]:
