@@ -11,6 +11,7 @@ from bench.layer import plot, report
 from bench.layer.allocations import ALLOCATIONS, allocation
 from bench.layer.cells import Cell
 from bench.layer.measuring import measure, read_measured, specs_needed
+from kernel_gen.timing import monotonic_s
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
 from profiles.models import model
@@ -26,12 +27,13 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
     names = arguments.models.split(",")
     chosen = [allocation(name) for name in arguments.allocations.split(",")]
-    cells = [Cell(model=model(name).name, tokens=tokens) for name in names for tokens in _numbers(arguments.tokens)]
+    cells = [Cell(model=model(name).name, tokens=tokens) for tokens in _numbers(arguments.tokens) for name in names]
     gpu = this_gpu()
     specs = specs_needed(cells, chosen, gpu, arguments.configs)
     print(f"{len(specs)} kernels", file=sys.stderr)
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = open_device(specs, arguments.out / "bundle")
+    started = monotonic_s()
     found = measure(
         cells,
         chosen,
@@ -39,10 +41,18 @@ def measure_all(arguments: argparse.Namespace) -> None:
         arguments.out / "layer.parquet",
         rounds=arguments.rounds,
         num_configs=arguments.configs,
+        compiled=arguments.compiled,
     )
     for cell, rows in found:
-        failed = sum(row["status"] != "ok" for row in rows)
-        print(f"{cell.model}, {cell.tokens} tokens: {len(rows)} rows, {failed} failed", file=sys.stderr, flush=True)
+        failed, seconds = sum(row["status"] != "ok" for row in rows), monotonic_s() - started
+        print(
+            f"{seconds:.0f} s: {cell.model}, {cell.tokens} tokens: {len(rows)} rows, {failed} failed",
+            file=sys.stderr,
+            flush=True,
+        )
+        if seconds > arguments.seconds:
+            print("out of time; the same command goes on", file=sys.stderr)
+            return
 
 
 def write_report(out: Path, *, command: str) -> str:
@@ -81,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--configs", type=_at_least_one, default=8, metavar="N", help="timed for each launch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=_at_least_one, default=3600, metavar="N", help="begin no cell later (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="torch's layer also compiled, which takes longer than all the rest"
     )
     return parser
 

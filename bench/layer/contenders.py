@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -67,7 +67,8 @@ class Context:
     l2_bytes: int
     num_configs: int
     time_launches: TimeLaunches
-    streams: tuple[torch.cuda.Stream, ...] = field(default=())
+    streams: tuple[torch.cuda.Stream, ...]
+    compiled: bool
 
     @property
     def num_rows(self) -> int:
@@ -162,8 +163,8 @@ def ours(allocation: Allocation, context: Context) -> Iterator[Entry]:
 
 PARTS_OF = (BF16.name, MIXED[0].name)
 """Allocations whose layer is also timed part by part."""
-COMPILED_TOKENS = (16, 2048)
-"""Batches at which torch's layer is compiled, too: that takes longer than all measurements of a cell."""
+MANY_TOKENS = 32
+"""From so many tokens an expert on, Triton's wide tiles are tried, below its narrow ones."""
 
 
 def others(context: Context) -> Iterator[Callable[[], Entry]]:
@@ -205,7 +206,7 @@ def others(context: Context) -> Iterator[Callable[[], Entry]]:
         return entry(Variant.TRITON_OUR_STEPS, [DenseLayer(experts, library, pair, gemms) for pair in sets], name)
 
     yield from (in_torch, our_steps, triton)
-    if cell.tokens in COMPILED_TOKENS:
+    if context.compiled:
         yield compiled
 
 
@@ -287,7 +288,7 @@ def _triton_gemms(
     routing, x = steps.dispatch(context.given.hidden, context.given.ids)
     rows = [x.tensors[0], _rows(context, steps.down.k)]
     mean = context.num_rows / max(1, sum(count > 0 for count in context.given.counts))
-    tiles = [tile for tile in TILES if tile[0] <= max(16.0, 4 * mean) and 8 * tile[0] >= min(mean, 1024.0)]
+    tiles = [tile for tile in TILES if (tile[0] > MANY_TOKENS) == (mean > MANY_TOKENS)]
     gemms, names = [], []
     for index in range(2):
         found = []

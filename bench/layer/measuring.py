@@ -71,6 +71,7 @@ def measure(
     *,
     rounds: int,
     num_configs: int,
+    compiled: bool,
 ) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
     """Measures the cells that the Parquet file lacks; a cell's rows are in the file when they are given.
 
@@ -78,15 +79,14 @@ def measure(
     """
     rows: list[dict[str, Any]] = read_measured(path).to_dict("records") if path.exists() else []  # type: ignore[assignment]
     done = {tuple(row[name] for name in COLUMNS) for row in rows}
-    weights: LayerWeights | None = None
+    weights: dict[str, LayerWeights] = {}
     for cell in cells:
         if cell.key in done:
             continue
-        if weights is None or weights.shape != cell.shape:
-            weights = None
-            _release()
-            weights = LayerWeights(cell.shape, "cuda")
-        found = measure_cell(cell, allocations, device, weights, rounds=rounds, num_configs=num_configs)
+        of_model = weights.setdefault(cell.model, LayerWeights(cell.shape, "cuda"))
+        found = measure_cell(
+            cell, allocations, device, of_model, rounds=rounds, num_configs=num_configs, compiled=compiled
+        )
         _release()
         rows += found
         with replacing(path) as temporary:
@@ -104,6 +104,7 @@ def measure_cell(
     *,
     rounds: int,
     num_configs: int,
+    compiled: bool,
 ) -> list[dict[str, Any]]:
     """A row an entry."""
     context = Context(
@@ -115,6 +116,7 @@ def measure_cell(
         num_configs=num_configs,
         time_launches=device.clock.time_launches,
         streams=_streams(),
+        compiled=compiled,
     )
     rows: list[dict[str, Any]] = []
     ready: list[Entry] = []
