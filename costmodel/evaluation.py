@@ -16,9 +16,10 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.model_selection import GroupKFold
 
-from costmodel import features
+from costmodel import features, matmul_heuristics
 from costmodel.baselines import AnalyticCore, Dummy, RawBoosting, Roofline, SlopeTimesTiles
 from costmodel.groups import Codes, HeldOut, Labels, group_labels, launch_ids
+from costmodel.matmul_heuristics import NvMatmulHeuristics
 from costmodel.model import LatencyModel
 from costmodel.regret import regrets
 from costmodel.sessions import NoiseFloor, noise_floor, usable
@@ -75,8 +76,9 @@ class Evaluation:
     noise: NoiseFloor
 
 
-def estimators() -> dict[str, Callable[[], Any]]:
-    """LatencyModel and its baselines, by name."""
+def estimators(gpu: str | None = None) -> dict[str, Callable[[], Any]]:
+    """LatencyModel and its baselines, by name; nvMatmulHeuristics where it is installed and knows `gpu`."""
+    known = gpu is not None and matmul_heuristics.why_not(gpu) is None
     return {
         MODEL: lambda: LatencyModel(coverage=0.9),
         "analytic core": AnalyticCore,
@@ -84,6 +86,7 @@ def estimators() -> dict[str, Callable[[], Any]]:
         "slope x tiles (MxMoE)": SlopeTimesTiles,
         "roofline": Roofline,
         "dummy": Dummy,
+        **({"nvMatmulHeuristics": lambda: NvMatmulHeuristics(gpu=str(gpu))} if known else {}),
     }
 
 
@@ -103,6 +106,7 @@ def evaluate(
     rows = usable(profile)
     X, y = features.of_profile(rows), rows["latency_us"].to_numpy(dtype=np.float64)
     launches = launch_ids(rows)
+    factories = make or estimators(str(rows["gpu"].iloc[0]))
     results, skipped = {}, {}
     for kind in kinds:
         labels = group_labels(rows, kind)
@@ -111,7 +115,9 @@ def evaluate(
             skipped[kind] = f"{len(groups)} groups: at least 2 are needed"
             continue
         told(f"{kind.value}: {len(groups)} groups, {int(_tested(labels).sum())} rows")
-        results[kind] = _hold_out(kind, rows, X, y, labels, launches, make or estimators(), num_folds)
+        results[kind] = _hold_out(
+            kind, rows, X, y, labels, launches, make or estimators(str(rows["gpu"].iloc[0])), num_folds
+        )
     if not results:
         raise DataError("no kind of group can be held out: " + "; ".join(f"{k.value}: {v}" for k, v in skipped.items()))
     return Evaluation(
@@ -156,7 +162,8 @@ def _hold_out(
                 predictions[name][held_out] = predicted
                 interval[held_out] = np.stack([lower, upper], axis=1)
             else:
-                predictions[name][held_out] = estimator.predict(X.iloc[held_out])
+                asked = held_out[estimator.applies(X.iloc[held_out])] if hasattr(estimator, "applies") else held_out
+                predictions[name][asked] = estimator.predict(X.iloc[asked]) if len(asked) else np.empty(0)
     metrics = {
         name: measure(y[tested], predicted[tested], launches[tested], len(np.unique(groups)),
                       interval[tested] if name == MODEL else None)
@@ -180,7 +187,11 @@ def _leaks(kind: HeldOut, rows: pd.DataFrame, labels: Labels, held_out: npt.NDAr
 
 
 def measure(y: Array, predicted: Array, launches: Codes, num_groups: int, interval: Array | None) -> Metrics:
-    """Metrics of predictions [R] against measurements [R]; `launches` as `launch_ids`, `interval` [R, 2] or None."""
+    """Metrics of predictions [R] (NaN: none, such rows do not count) against measurements [R]; `launches` as
+    `launch_ids`, `interval` [R, 2] or None.
+    """
+    there = np.isfinite(predicted)
+    y, predicted, launches = y[there], predicted[there], launches[there]
     error = np.abs(predicted / y - 1.0)
     first, best_of_top = regrets(y, predicted, launches)
     covered = None if interval is None else float(((interval[:, 0] <= y) & (y <= interval[:, 1])).mean())

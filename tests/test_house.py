@@ -106,7 +106,7 @@ def third_party_imports() -> set[str]:
 
 def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    users_extras = ("compile", "torch", "models", "allocator", "export", "ray")
+    users_extras = ("compile", "torch", "models", "allocator", "export", "ray", "heuristics")
     requirements = [
         *project["dependencies"],
         *(line for x in users_extras for line in project["optional-dependencies"][x]),
