@@ -115,9 +115,7 @@ def evaluate(
             skipped[kind] = f"{len(groups)} groups: at least 2 are needed"
             continue
         told(f"{kind.value}: {len(groups)} groups, {int(_tested(labels).sum())} rows")
-        results[kind] = _hold_out(
-            kind, rows, X, y, labels, launches, make or estimators(str(rows["gpu"].iloc[0])), num_folds
-        )
+        results[kind] = _hold_out(kind, rows, X, y, labels, launches, factories, num_folds)
     if not results:
         raise DataError("no kind of group can be held out: " + "; ".join(f"{k.value}: {v}" for k, v in skipped.items()))
     return Evaluation(
