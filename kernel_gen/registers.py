@@ -22,10 +22,12 @@ BESIDE_A_WGMMAS_SUMS = 32
 """ptxas refuses a kernel (C7602) in which one wgmma's sums and this many registers are more than a thread has at
 launch, whatever setmaxnreg gives it later: so in 443 builds, without an exception.
 """
-NARROW_EPILOGUE = 16
-"""wgmma with 8-bit math: scales of four tokens and of each unit's rows, and where they are read, beside the sums."""
-SEVERAL_SLOTS = 8
-"""wgmma: what a kernel of several schemes keeps for all of them."""
+NARROW_EPILOGUE = 8
+"""wgmma with 8-bit math: scales of two tokens and of each unit's rows, fetched before the k loop."""
+ANOTHER_LOOP = 14
+"""wgmma: what a further k loop, of another scheme or a narrower token tile, costs all of them: above the limit ptxas
+serialises their wgmmas (C7512). So in 25 builds (2026-11-24), 1 exception.
+"""
 FREE_REGISTERS = 64
 """The same in the mma family where the compiler is not pressed: the median over those builds, most between 54 and 75.
 """
@@ -39,7 +41,8 @@ def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) ->
     """
     layouts = [layout_of(scheme) for scheme in schemes]
     if config.family is Family.WGMMA:
-        return max(_wgmma(config, layout) for layout in layouts) + (SEVERAL_SLOTS if len(layouts) > 1 else 0)
+        loops = len(layouts) * len(config.token_widths)
+        return max(_wgmma(config, layout) for layout in layouts) + (loops - 1) * ANOTHER_LOOP
     return max(_mma(config, layout) for layout in layouts)
 
 

@@ -52,6 +52,8 @@ class WgmmaBand:
     stages: tuple[int, ...]
 
 
+WIDE_TOKENS = 64
+"""From here on narrower last tiles and clusters are considered."""
 WGMMA_TILES = tuple((64 * warpgroups * units, 4 * warpgroups) for warpgroups in (1, 2, 3) for units in (1, 2))
 """(tile.m, warps.m): one to three warpgroups with one or two units of 64 rows each."""
 WGMMA_BANDS = (
@@ -64,8 +66,8 @@ WGMMA_BANDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuickPick:
-    """One rule of the quick space: a tile, its warps, and CTAs per SM in order of preference. Stages: the most that
-    fit, up to `max_stages`. `beside_wgmma`: an mma pick that is worth trying where there is wgmma.
+    """One rule of the quick space: a tile, its warps, CTAs per SM and tails in order of preference. Stages: the most
+    that fit, up to `max_stages`. `beside_wgmma`: an mma pick that is worth trying where there is wgmma.
     """
 
     tile_m: int
@@ -77,9 +79,21 @@ class QuickPick:
     raster: Raster = Raster.ALONG_TOKENS
     family: Family = Family.MMA
     beside_wgmma: bool = False
+    cluster: int = 1
+    tails: tuple[int, ...] = (0,)
 
 
-def _wgmma(tile_m: int, tile_n: int, warpgroups: int, ctas_per_sm: tuple[int, ...], max_stages: int) -> QuickPick:
+def _wgmma(
+    tile_m: int,
+    tile_n: int,
+    warpgroups: int,
+    ctas_per_sm: tuple[int, ...],
+    max_stages: int,
+    *,
+    cluster: int = 1,
+    tail: int = 0,
+) -> QuickPick:
+    """With a tail where the registers allow the k loops for it, else without."""
     return QuickPick(
         family=Family.WGMMA,
         tile_m=tile_m,
@@ -87,6 +101,8 @@ def _wgmma(tile_m: int, tile_n: int, warpgroups: int, ctas_per_sm: tuple[int, ..
         warps_m=4 * warpgroups,
         ctas_per_sm=ctas_per_sm,
         max_stages=max_stages,
+        cluster=cluster,
+        tails=(tail, 0) if tail else (0,),
     )
 
 
@@ -106,13 +122,16 @@ MMA_PICKS = (
 WGMMA_PICKS = (
     _wgmma(64, 16, 1, (4, 3, 2), 8),
     _wgmma(128, 16, 1, (3, 2), 8),
+    _wgmma(256, 16, 2, (2,), 6),
     _wgmma(128, 32, 1, (3, 2), 6),
     _wgmma(128, 48, 2, (2, 1), 6),
-    _wgmma(128, 64, 2, (2, 1), 6),
-    _wgmma(256, 64, 2, (1,), 6),
-    _wgmma(128, 128, 2, (1,), 5),
-    _wgmma(128, 192, 2, (1,), 4),
+    _wgmma(128, 64, 2, (2, 1), 6, tail=16),
+    _wgmma(256, 64, 2, (1,), 6, tail=16),
+    _wgmma(128, 128, 2, (1,), 5, tail=32),
+    _wgmma(128, 192, 2, (1,), 5, tail=48),
     _wgmma(256, 128, 2, (1,), 4),
+    _wgmma(256, 128, 2, (1,), 5, tail=32),
+    _wgmma(128, 256, 2, (1,), 5, cluster=2, tail=64),
     _wgmma(256, 160, 2, (1,), 4),
 )
 """Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing."""
@@ -242,7 +261,17 @@ def _full_mma() -> Iterator[KernelConfig]:
 def _full_wgmma() -> Iterator[KernelConfig]:
     for (tile_m, warps_m), band in itertools.product(WGMMA_TILES, WGMMA_BANDS):
         for tile_n, stages, raster, ctas in itertools.product(band.tile_n, band.stages, Raster, band.ctas_per_sm):
-            yield _config(Family.WGMMA, tile_m, tile_n, WarpLayout(m=warps_m), stages, raster, ctas)
+            for cluster, tail in _sharings(tile_n, ctas):
+                yield _config(Family.WGMMA, tile_m, tile_n, WarpLayout(m=warps_m), stages, raster, ctas, cluster, tail)
+
+
+def _sharings(tile_n: int, ctas: int) -> Iterator[tuple[int, int]]:
+    """(cluster, tail) worth considering: tails down to a quarter or a half of a wide tile; then also clusters."""
+    yield 1, 0
+    tail = next((tile_n // parts for parts in (4, 2) if tile_n % (16 * parts) == 0), 0)
+    if tile_n >= WIDE_TOKENS and ctas == 1 and tail:
+        yield 1, tail
+        yield 2, tail
 
 
 def _is_sensible(tile_m: int, tile_n: int, warps: WarpLayout) -> bool:
@@ -260,13 +289,21 @@ def _is_sensible(tile_m: int, tile_n: int, warps: WarpLayout) -> bool:
 def _members(pick: QuickPick) -> Iterator[KernelConfig]:
     """A rule's configurations in order of preference."""
     warps = WarpLayout(m=pick.warps_m, n=pick.warps_n)
-    for ctas in pick.ctas_per_sm:
+    for ctas, tail in itertools.product(pick.ctas_per_sm, pick.tails):
         for stages in range(pick.max_stages, (3 if ctas > 1 else 2) - 1, -1):
-            yield _config(pick.family, pick.tile_m, pick.tile_n, warps, stages, pick.raster, ctas)
+            yield _config(pick.family, pick.tile_m, pick.tile_n, warps, stages, pick.raster, ctas, pick.cluster, tail)
 
 
 def _config(
-    family: Family, tile_m: int, tile_n: int, warps: WarpLayout, stages: int, raster: Raster, ctas: int
+    family: Family,
+    tile_m: int,
+    tile_n: int,
+    warps: WarpLayout,
+    stages: int,
+    raster: Raster,
+    ctas: int,
+    cluster: int = 1,
+    tail: int = 0,
 ) -> KernelConfig:
     return KernelConfig(
         family=family,
@@ -276,4 +313,6 @@ def _config(
         split_k=1,
         raster=raster,
         min_ctas_per_sm=ctas,
+        cluster=cluster,
+        tail=tail,
     )
