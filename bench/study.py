@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import NSGAIISampler, TPESampler
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
-from allocator.problem import Ints
 from allocator.study import run
 from allocator.study.evaluate import Evaluator
-from allocator.study.menu import Choice
-from allocator.study.objective import LATENCY_WEIGHTS, Goal
-from bench.study_baselines import NOTHING, Outcome, best_uniform, direct, one_pass, sequential
-from bench.study_problem import METRIC, MODEL, SCENARIOS, study_problem
+from allocator.study.objective import LATENCY_WEIGHTS, Goal, Objective
+from bench.study_baselines import NOTHING, Found, Outcome, best_uniform, direct, one_pass, sequential
+from bench.study_problem import METRIC, MODEL, SCENARIOS, SETTINGS, Setting, study_evaluator
 from profiles.atomic import replacing
 from profiles.errors import SpecError, UserError
 
@@ -48,17 +46,29 @@ def outer_study(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) ->
 
 
 def _sequential(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
-    return _sequential_result(evaluator, goal, num_trials)[0]
+    found = _sequential_result(evaluator, goal, num_trials)
+    return NOTHING if found is None else found[0]
 
 
-_RESULTS: dict[tuple[str, float, int], tuple[Outcome, Choice, Ints]] = {}
+_RESULTS: dict[tuple[str, str, int, int], Found | None] = {}
 
 
-def _sequential_result(evaluator: Evaluator, goal: Goal, num_trials: int) -> tuple[Outcome, Choice, Ints]:
-    """Kept, since two methods begin where it ends."""
-    key = (evaluator.problem.digest, goal.loss_weight, num_trials)
+def _sequential_result(evaluator: Evaluator, goal: Goal, num_trials: int) -> Found | None:
+    """Kept, since two methods begin where it ends.
+
+    Of a product, prices on a grid, the same for every load; within limits, drawn for each load, for one price cannot
+    hold several.
+    """
+    key = (evaluator.problem.digest, repr(goal), num_trials, evaluator.menu.max_schemes)
     if key not in _RESULTS:
-        _RESULTS[key] = sequential(evaluator, goal, np.geomspace(*LATENCY_WEIGHTS, num_trials).tolist())
+        names = evaluator.problem.scenarios
+        if goal.objective is Objective.LOSS:
+            low, high = np.log(LATENCY_WEIGHTS)
+            drawn = np.exp(np.random.default_rng(0).uniform(low, high, (num_trials, len(names))))
+            prices = [dict(zip(names, row, strict=True)) for row in drawn.tolist()]
+        else:
+            prices = [dict.fromkeys(names, price) for price in np.geomspace(*LATENCY_WEIGHTS, num_trials).tolist()]
+        _RESULTS[key] = sequential(evaluator, goal, prices)
     return _RESULTS[key]
 
 
@@ -79,14 +89,16 @@ def _nsga(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outco
 
 
 def _tpe_on(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
-    _, choice, assignment = _sequential_result(evaluator, goal, num_trials)
-    return direct(evaluator, goal, TPESampler(seed=seed), num_trials, (choice, assignment))
+    return _begun(evaluator, goal, TPESampler(seed=seed), num_trials)
 
 
 def _nsga_on(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
-    _, choice, assignment = _sequential_result(evaluator, goal, num_trials)
-    sampler = NSGAIISampler(seed=seed, population_size=20)
-    return direct(evaluator, goal, sampler, num_trials, (choice, assignment))
+    return _begun(evaluator, goal, NSGAIISampler(seed=seed, population_size=20), num_trials)
+
+
+def _begun(evaluator: Evaluator, goal: Goal, sampler: BaseSampler, num_trials: int) -> Outcome:
+    found = _sequential_result(evaluator, goal, num_trials)
+    return NOTHING if found is None else direct(evaluator, goal, sampler, num_trials, found[1:])
 
 
 METHODS: dict[str, Method] = {
@@ -101,7 +113,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def compare(layers: int, avg_bits: float, goal: Goal, num_trials: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def compare(
+    layers: int, avg_bits: float, setting: Setting, num_trials: int, seeds: Sequence[int]
+) -> list[dict[str, Any]]:
     """One row a method: the median over seeds, which draw the losses and seed the samplers."""
     rows = []
     for name, method in METHODS.items():
@@ -109,9 +123,9 @@ def compare(layers: int, avg_bits: float, goal: Goal, num_trials: int, seeds: Se
             continue
         found, seconds = [], []
         for seed in seeds:
-            evaluator = run.evaluator_of(study_problem(layers, avg_bits, seed))
+            evaluator = study_evaluator(layers, avg_bits, seed, setting)
             started = time.perf_counter()
-            found.append(method(evaluator, goal, num_trials, seed))
+            found.append(method(evaluator, setting.goal, num_trials, seed))
             seconds.append(time.perf_counter() - started)
             print(
                 f"{layers} layers, {name}, seed {seed}: {found[-1]}, {seconds[-1]:.1f} s", file=sys.stderr, flush=True
@@ -136,20 +150,19 @@ def table(report: dict[str, Any]) -> str:
         rows = instance["rows"]
         best = rows[0]["value"]
         lines += [
-            f"{instance['layers']} layer(s), {instance['blocks']} blocks, r = {instance['loss_weight']:g},"
-            f" {instance['trials']} trials,"
-            f" {len(instance['seeds'])} seed(s):",
+            f"{instance['layers']} layer(s), {instance['blocks']} blocks, {instance['setting']},"
+            f" {instance['trials']} trials, {len(instance['seeds'])} seed(s):",
             "",
-            "| method | loss^r T^(1-r) | to the study | loss | relative latency | bits | seconds |",
+            "| method | value | to the study | loss | relative latency | bits | seconds |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             if row["value"] is None:
-                lines.append(f"| {row['method']} | nothing within the budget | | | | | {row['seconds']:.1f} |")
+                lines.append(f"| {row['method']} | nothing within the limits | | | | | {row['seconds']:.1f} |")
                 continue
-            worse = 100 * (row["value"] / best - 1)
+            worse = "" if best is None else f"{100 * (row['value'] / best - 1):+.2f}%"
             lines.append(
-                f"| {row['method']} | {row['value']:.4f} | {worse:+.2f}% | {row['loss']:.4f} |"
+                f"| {row['method']} | {row['value']:.4f} | {worse} | {row['loss']:.4f} |"
                 f" {row['relative_latency']:.3f} | {row['avg_bits']:.4f} | {row['seconds']:.1f} |"
             )
         lines.append("")
@@ -174,15 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for text in arguments.instance:
             layers, trials, seeds = (int(part) for part in text.split(","))
-            for weight in arguments.loss_weight:
+            for name in arguments.setting:
                 report["instances"].append(
                     {
                         "layers": layers,
                         "blocks": 2 * layers * MODEL.num_experts,
                         "trials": trials,
                         "seeds": list(range(seeds)),
-                        "loss_weight": weight,
-                        "rows": compare(layers, arguments.budget_bits, Goal(loss_weight=weight), trials, range(seeds)),
+                        "setting": name,
+                        "rows": compare(layers, arguments.budget_bits, SETTINGS[name], trials, range(seeds)),
                     }
                 )
                 with replacing(arguments.out) as temporary:
@@ -193,19 +206,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(report))
     others = [row for instance in report["instances"] for row in instance["rows"][1:]]
     firsts = [instance["rows"][0]["value"] for instance in report["instances"] for _ in instance["rows"][1:]]
-    return 0 if all(o["value"] is None or first < o["value"] for first, o in zip(firsts, others, strict=True)) else 1
+    pairs = zip(firsts, others, strict=True)
+    wins = all(o["value"] is None or (first is not None and first < o["value"]) for first, o in pairs)
+    return 0 if wins else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     parser.add_argument("--budget-bits", type=float, default=4.25, metavar="BITS", help="(default: %(default)s)")
     parser.add_argument(
-        "--loss-weight",
-        nargs="+",
-        type=float,
-        default=[0.75, 0.5],
-        metavar="R",
-        help="r of the products (default: both)",
+        "--setting", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME", help="(default: all)"
     )
     parser.add_argument(
         "--instance",

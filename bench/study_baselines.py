@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,19 +10,20 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
+from allocator.arrays import solve_arrays
 from allocator.front import solve_product
 from allocator.problem import Ints
 from allocator.study import warm
 from allocator.study.evaluate import INNER_EFFORT, Evaluator
 from allocator.study.menu import NUM_RANKS, Choice
-from allocator.study.objective import Goal, is_feasible
+from allocator.study.objective import Goal, Objective, is_feasible
 from allocator.study.problem import LaunchKind
 from allocator.study.sets import Additive, SetSolver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The best feasible assignment that a method found; value inf where it found none."""
+    """The best assignment that a method found; value inf where it found none within every limit."""
 
     value: float
     loss: float
@@ -39,12 +40,39 @@ def outcome(evaluator: Evaluator, goal: Goal, choice: Choice, assignment: Ints) 
     latency = {name: evaluator.launches_us(choice, assignment, name) for name in problem.scenarios}
     relative, loss = evaluator.relative_latency(latency), problem.corrected_loss(assignment)
     bits = float(np.average(problem.bits[np.arange(len(assignment)), assignment], weights=problem.sizes))
-    return Outcome(value=goal.values(loss, relative)[0], loss=loss, relative_latency=relative, avg_bits=bits)
+    holds = all(latency[name] <= limit for name, limit in problem.budget.max_latency_us.items())
+    value = goal.values(loss, relative)[0] if holds and bits <= problem.avg_bits * (1 + 1e-12) else np.inf
+    return Outcome(value=value, loss=loss, relative_latency=relative, avg_bits=bits)
+
+
+def excess(evaluator: Evaluator, choice: Choice, assignment: Ints) -> dict[str, float]:
+    """By limited scenario, how far an assignment's launches are above the limit, relative."""
+    limits = evaluator.problem.budget.max_latency_us
+    return {name: evaluator.launches_us(choice, assignment, name) / limit - 1 for name, limit in limits.items()}
 
 
 def one_pass(evaluator: Evaluator, goal: Goal) -> Outcome:
-    """Best kernel per scheme first, bits second: the exact product of additive loss and latency, once."""
+    """Best kernel per scheme first, bits second, once: the exact least of the additive goal within the additive limits.
+
+    Where launches then take more than the limits, it found nothing.
+    """
     problem, solver = evaluator.problem, SetSolver(evaluator)
+    limits = problem.budget.max_latency_us
+    if goal.objective is Objective.LOSS:
+        share = solver.table.relative_latency * len(problem.scenarios)  # in units of the fastest uniform launch
+        solution = solve_arrays(
+            solver.table.loss,
+            problem.bits,
+            avg_bits=problem.avg_bits,
+            latency_us=share,
+            max_latency_us=[limits[name] / evaluator.fastest_uniform_us[name] for name in problem.scenarios],
+            sizes=problem.sizes,
+            launches=solver.launch_labels,
+            max_schemes=evaluator.menu.max_schemes,
+            effort=INNER_EFFORT,
+        )
+        found = _as_launches(evaluator, goal, solver, solution.assignment, dict.fromkeys(problem.scenarios, 0.0))
+        return NOTHING if found is None else found[0]
     r = goal.loss_weight
     corner = solve_product(
         solver.table.loss,
@@ -57,36 +85,42 @@ def one_pass(evaluator: Evaluator, goal: Goal) -> Outcome:
     )
     loss = float(solver.table.loss[np.arange(len(problem.ids)), corner.solution.assignment].sum())
     price = (1 - r) / r * loss / corner.latency_us / evaluator.reference_loss
-    return sequential(evaluator, goal, [price])[0]
+    found = sequential(evaluator, goal, [dict.fromkeys(problem.scenarios, price)])
+    return NOTHING if found is None else found[0]
 
 
-def sequential(evaluator: Evaluator, goal: Goal, prices: Iterable[float]) -> tuple[Outcome, Choice, Ints]:
-    """Best kernel per scheme first, bits second: an exact solve for each price of latency, of which the one is kept
-    whose launches are best.
+Found = tuple[Outcome, Choice, Ints]
 
-    At most four schemes a linear, chosen by the solver; a launch then runs with the fastest of its schemes' own kernels
-    that holds them all, each priced as a launch.
+
+def sequential(evaluator: Evaluator, goal: Goal, prices: Iterable[Mapping[str, float]]) -> Found | None:
+    """Best kernel per scheme first, bits second: an exact solve for each set of prices of latency, of which the one is
+    kept whose launches are best; None where none of them has launches at all.
+
+    As many schemes a linear as a launch may hold, chosen by the solver; a launch then runs with the fastest of its
+    schemes' own kernels that holds them all, each priced as a launch.
     """
     solver = SetSolver(evaluator)
-    best: tuple[Outcome, Choice, Ints] | None = None
-    for price in prices:
-        weights = dict.fromkeys(evaluator.problem.scenarios, float(price))
+    best: Found | None = None
+    for weights in prices:
         assignment = solver.assign(solver.cost(weights), evaluator.problem.avg_bits)
-        compiled = solver.compiled(assignment)
-        if any(
-            evaluator.problem.schemes[column] not in compiled[kind.linear]
-            for kind in evaluator.problem.kinds
-            for column in np.unique(assignment[kind.rows.ravel()])
-        ):
-            continue  # no kernel holds these schemes together
-        choice = _own_kernels(
-            evaluator, solver.table, Choice(compiled=compiled, configs={}, latency_weights=weights), assignment
-        )
-        found = outcome(evaluator, goal, choice, assignment)
-        if best is None or found.value < best[0].value:
-            best = found, choice, assignment
-    assert best is not None
+        found = _as_launches(evaluator, goal, solver, assignment, weights)
+        if found is not None and (best is None or found[0].value < best[0].value):
+            best = found
     return best
+
+
+def _as_launches(
+    evaluator: Evaluator, goal: Goal, solver: SetSolver, assignment: Ints, weights: Mapping[str, float]
+) -> Found | None:
+    """None: no kernel holds some linear's schemes together."""
+    problem, compiled = evaluator.problem, solver.compiled(assignment)
+    for kind in problem.kinds:
+        used = {problem.schemes[column] for column in np.unique(assignment[kind.rows.ravel()])}
+        if not used <= set(compiled[kind.linear]):
+            return None
+    choice = Choice(compiled=compiled, configs={}, latency_weights=weights)
+    choice = _own_kernels(evaluator, solver.table, choice, assignment)
+    return outcome(evaluator, goal, choice, assignment), choice, assignment
 
 
 def _own_kernels(evaluator: Evaluator, table: Additive, choice: Choice, assignment: Ints) -> Choice:
@@ -122,7 +156,7 @@ def best_uniform(evaluator: Evaluator, goal: Goal) -> Outcome:
             choice = evaluator.settle(Choice(compiled=compiled, configs={}, latency_weights=weights))
             assignment = np.full(len(problem.ids), problem.schemes.index(scheme))
             found.append(outcome(evaluator, goal, choice, assignment))
-    return min((one for one in found if one.avg_bits <= problem.avg_bits), key=lambda one: one.value, default=NOTHING)
+    return min(found, key=lambda one: one.value)
 
 
 def direct(
@@ -153,11 +187,14 @@ def direct(
             for scenario in problem.scenarios:
                 rank = trial.suggest_int(f"{kind.linear}.{scenario}.kernel", 0, NUM_RANKS - 1)
                 configs[kind.linear, scenario] = menu.config(kind, scenario, held, rank)
-        found = outcome(evaluator, goal, replace(choice, configs=configs), chosen)
+        this = replace(choice, configs=configs)
+        found = outcome(evaluator, goal, this, chosen)
         trial.set_constraint("avg_bits", max(0.0, found.avg_bits - problem.avg_bits * (1 + 1e-12)))
+        for name, above in excess(evaluator, this, chosen).items():
+            trial.set_constraint(f"max_latency_us[{name}]", above)
         for name, value in (("loss", found.loss), ("latency", found.relative_latency), ("bits", found.avg_bits)):
             trial.set_user_attr(name, value)
-        return found.value
+        return goal.values(found.loss, found.relative_latency)[0]
 
     study.enqueue_trial(_first(evaluator, choice, assignment))
     study.optimize(objective, n_trials=num_trials)

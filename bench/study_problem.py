@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import torch
 
 from allocator.budget import Budget
 from allocator.sensitivity import Sensitivity
+from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
-from allocator.study.problem import Problem
+from allocator.study.objective import Goal, Objective
 from allocator.study.problem import of as problem_of
 from kernel_gen.formats import dequantize, dequantize_activations, quantize, quantize_activations
 from profiles.models import Linear, MoeShape, model
@@ -25,11 +28,50 @@ SCENARIOS = {"decode": LOAD.format(16), "mixed": LOAD.format(512), "prefill": LO
 METRIC = "relative squared error of the formats on Gaussian weights and activations, times log-normal sensitivities"
 
 
-def study_problem(layers: int, avg_bits: float, seed: int) -> Problem:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is asked of an instance. max_schemes: most that a launch holds. slack: each load's launches may take so many
+    times those of the fastest uniform scheme under that load; None: no limit.
+    """
+
+    name: str
+    goal: Goal
+    max_schemes: int = 4
+    slack: float | None = None
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(name="product, r = 0.75", goal=Goal(loss_weight=0.75)),
+        Setting(name="product, r = 0.5", goal=Goal(loss_weight=0.5)),
+        Setting(name="product, r = 0.5, 3 schemes a launch", goal=Goal(loss_weight=0.5), max_schemes=3),
+        Setting(name="product, r = 0.5, 2 schemes a launch", goal=Goal(loss_weight=0.5), max_schemes=2),
+        Setting(name="least loss, loads within 1.5x", goal=Goal(objective=Objective.LOSS), slack=1.5),
+        Setting(
+            name="least loss, loads within 1.5x, 2 schemes a launch",
+            goal=Goal(objective=Objective.LOSS),
+            max_schemes=2,
+            slack=1.5,
+        ),
+    )
+}
+
+
+def study_evaluator(layers: int, avg_bits: float, seed: int, setting: Setting) -> Evaluator:
     """Every scheme that was measured, `layers` layers of routed experts."""
     evidence = Evidence.from_profile(ProfileStore(PROFILE).records(), MODEL.name, SCENARIOS)
     offered = sorted({key.scheme for key in evidence.latency_us}, key=lambda scheme: scheme.name)
-    return problem_of(sensitivity(offered, layers, seed), MODEL, Budget(avg_weight_bits=avg_bits), evidence)
+    losses = sensitivity(offered, layers, seed)
+
+    def evaluator(limits_us: Mapping[str, float]) -> Evaluator:
+        budget = Budget(avg_weight_bits=avg_bits, max_latency_us=limits_us)
+        return Evaluator.of(problem_of(losses, MODEL, budget, evidence), max_schemes=setting.max_schemes)
+
+    free = evaluator({})
+    if setting.slack is None:
+        return free
+    return evaluator({name: setting.slack * us for name, us in free.fastest_uniform_us.items()})
 
 
 def sensitivity(offered: list[QuantScheme], layers: int, seed: int, shape: MoeShape = MODEL) -> Sensitivity:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from allocator.allocate import MAX_SCHEMES_PER_LAUNCH
 from allocator.arrays import InfeasibleError, solve_arrays
 from allocator.problem import Floats, Ints
 from allocator.solver import Effort
@@ -58,10 +59,10 @@ class Evaluator:
         self._late = _late_layers(problem)
 
     @classmethod
-    def of(cls, problem: Problem) -> Evaluator:
-        """Of one problem's choices. DataError: a launch that nothing can run."""
+    def of(cls, problem: Problem, *, max_schemes: int = MAX_SCHEMES_PER_LAUNCH) -> Evaluator:
+        """Of one problem's choices, with at most so many schemes a launch. DataError: a launch that nothing can run."""
         pricer = Pricer(problem.evidence, problem.kinds)
-        return cls(problem, pricer, Menu(problem, pricer))
+        return cls(problem, pricer, Menu(problem, pricer, max_schemes=max_schemes))
 
     @cached_property
     def fastest_uniform_us(self) -> dict[str, float]:

@@ -59,6 +59,14 @@ class SetSolver:
                     latency[rows, column, i] = np.tile(share, len(kind.rows)) / scale
         return Additive(loss=loss, relative_latency=latency, configs=configs)
 
+    @cached_property
+    def launch_labels(self) -> Ints:
+        """[B], equal for all blocks of a linear: its launches are compiled for the same schemes."""
+        labels = np.empty(len(self.evaluator.problem.ids), dtype=np.int64)
+        for label, kind in enumerate(self.evaluator.problem.kinds):
+            labels[kind.rows.ravel()] = label
+        return labels
+
     def cost(self, latency_weights: Mapping[str, float]) -> Floats:
         """Relative loss plus weighted relative latency, [B, S]."""
         weights = np.array([latency_weights[name] for name in self.evaluator.problem.scenarios])
@@ -67,15 +75,12 @@ class SetSolver:
     def assign(self, cost: Floats, avg_bits: float) -> Ints:
         """Least cost [B, S] within the average bits when all launches of a linear hold the same few schemes."""
         problem = self.evaluator.problem
-        launches = np.empty(len(problem.ids), dtype=np.int64)
-        for label, kind in enumerate(problem.kinds):
-            launches[kind.rows.ravel()] = label
         return solve_arrays(
             cost,
             problem.bits,
             avg_bits=avg_bits,
             sizes=problem.sizes,
-            launches=launches,
+            launches=self.launch_labels,
             max_schemes=self.evaluator.menu.max_schemes,
             effort=SETS_EFFORT,
         ).assignment

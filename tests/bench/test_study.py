@@ -10,7 +10,7 @@ from bench.study import METHODS, main, table
 @pytest.mark.slow
 def test_the_comparison_is_made_and_the_study_wins_against_what_needs_no_luck(tmp_path, capsys):
     out = tmp_path / "study.json"
-    assert main(["--instance", "1,16,1", "--loss-weight", "0.75", "--out", str(out)]) in (0, 1)
+    assert main(["--instance", "1,16,1", "--setting", "product, r = 0.75", "--out", str(out)]) in (0, 1)
     report = json.loads(out.read_text())
     rows = {row["method"]: row for row in report["instances"][0]["rows"]}
     assert list(rows) == list(METHODS)
