@@ -44,12 +44,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
         compiled=arguments.compiled,
     )
     for cell, rows in found:
-        failed, seconds = sum(row["status"] != "ok" for row in rows), monotonic_s() - started
-        print(
-            f"{seconds:.0f} s: {cell.model}, {cell.tokens} tokens: {len(rows)} rows, {failed} failed",
-            file=sys.stderr,
-            flush=True,
-        )
+        seconds = monotonic_s() - started
+        failed = [f"  {row['allocation']}, {row['variant']}: {row['error']}" for row in rows if row["status"] != "ok"]
+        done = f"{seconds:.0f} s: {cell.model}, {cell.tokens} tokens: {len(rows)} rows, {len(failed)} failed"
+        print(done, *failed, sep="\n", file=sys.stderr, flush=True)
         if seconds > arguments.seconds:
             print("out of time; the same command goes on", file=sys.stderr)
             return
