@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 
-from costmodel import features, model_file
+from costmodel import drift_check, features, model_file
 from costmodel import recalibrate as command
 from costmodel.drift import Cause, Effect, Explanation, explanations
 from costmodel.fit import fit
@@ -212,3 +212,20 @@ def _store(path: Path, rows: pd.DataFrame) -> None:
         for row in rows.to_dict("records"):
             latency_us = float(row["latency_us"])
             store.append(ProfileRecord.from_row(row | {"p20_us": 0.99 * latency_us, "p80_us": 1.01 * latency_us}))
+
+
+def test_the_check_of_drifts(rows: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _store(tmp_path / "profile.parquet", rows[rows["load_source"].str.contains("uniform")])
+    words = ["--profile", str(tmp_path / "profile.parquet"), "--out", str(tmp_path / "out"), "--trials", "2"]
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(drift_check, "_NUM_UNCHANGED", 2)
+    assert drift_check.main(words) == 0
+    monkey.undo()
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "out" / "drift.md").read_text()
+    trials = {each["change"]: each for each in json.loads((tmp_path / "out" / "drift.json").read_text())}
+    assert sum(each["num_named"] for each in trials.values()) >= 4  # of 6
+    assert trials["nothing"]["num_with_more"] == 0
+    assert all(each["error_after"] < each["error_before"] for name, each in trials.items() if "lower" in name)
+    assert drift_check.main(["--profile", str(tmp_path / "no.parquet"), "--out", str(tmp_path)]) == 2
+    assert "no such profile" in capsys.readouterr().err
