@@ -97,19 +97,17 @@ def _strip_words(layout: Layout) -> int:
 
 def _wgmma(config: KernelConfig, layout: Layout) -> int:
     """A unit of 64 rows is one m16 block of each of a warpgroup's four warps; A fragments of a whole k-tile are in
-    registers, 128 bytes of each of the block's rows. Where groups are summed, packed words and scales are dead while
-    both kinds of sums live; elsewhere the next k-tile's words are on their way.
+    registers, 128 bytes of each of the block's rows. Where 8-bit groups are summed, packed words and scales are dead
+    while both kinds of sums live; elsewhere the next k-tile's words are on their way.
     """
     consumers = config.num_threads - THREADS_PER_WARPGROUP
     accumulators = config.tile.m * config.tile.n // consumers
     units = config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // consumers
     fragments = units * (UNIT_ROWS * smem_wgmma.TOKEN_ROW_BYTES // 4 // THREADS_PER_WARPGROUP)
-    sums = smem_wgmma.sum_of(layout, config.tile.n)
-    if sums is smem_wgmma.SumOf.GROUPS:
-        return 2 * accumulators + fragments
-    if sums is smem_wgmma.SumOf.CODES:
-        ones = config.tile.n * UNIT_ROWS // THREADS_PER_WARPGROUP + 4  # the tokens' own sums
-        return 2 * accumulators + ones + fragments + units * _packed_words(layout)
-    strips = (2 if layout.has_group_scales else 0) + (2 if layout.has_zero_points else 0)
+    zeros = 2 if layout.has_zero_points else 0
+    if smem_wgmma.sum_of(layout, config.tile.n) is smem_wgmma.SumOf.GROUPS:
+        words = units * (_packed_words(layout) + zeros) if layout.math is Math.BF16 else 0
+        return 2 * accumulators + fragments + words
+    strips = (2 if layout.has_group_scales else 0) + zeros
     epilogue = 0 if layout.math is Math.BF16 else NARROW_EPILOGUE
     return accumulators + fragments + units * (_packed_words(layout) + strips) + epilogue

@@ -29,10 +29,10 @@ REGISTERS_PER_SM = 65_536
 MAX_CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = {1: 40, 2: 32}
 FEW_PRODUCER_REGISTERS = 24
-CODES_UP_TO_TOKENS = 16
-"""Tile widths where scaling sums takes fewer instructions than scaling weights: a group of 128 columns has 64 pairs of
-weights a thread and unit, and tile_n / 2 sums. At 32 both are even, and the sums take registers that three CTAs an SM
-do not have.
+GROUPS_UP_TO_TOKENS = 16
+"""Tile widths where scaling sums takes fewer instructions than scaling weights in bf16: a group of 128 columns has 64
+pairs of weights a thread and unit, and tile_n / 2 sums. At 32 both are close, and the sums take registers that three
+CTAs an SM do not have.
 """
 
 
@@ -42,18 +42,15 @@ class SumOf(Enum):
     WEIGHTS = "weights"
     """As decoding leaves them; scales of groups are in them."""
     GROUPS = "groups"
-    """8-bit codes of one group; its sums are scaled and added in float32."""
-    CODES = "codes"
-    """The same in bf16: codes of one group and 128, which is how they are decoded fastest."""
+    """Codes of one group, less its zero points; its sums are scaled and added in float32."""
 
 
 def sum_of(layout: Layout, tile_n: int) -> SumOf:
     """How a scheme is multiplied in tiles of tile_n tokens."""
     if not layout.has_group_scales:
         return SumOf.WEIGHTS
-    if layout.math is not Math.BF16:
-        return SumOf.GROUPS
-    return SumOf.CODES if layout.weight_bits <= 4 and tile_n <= CODES_UP_TO_TOKENS else SumOf.WEIGHTS
+    few = layout.weight_bits <= 4 and tile_n <= GROUPS_UP_TO_TOKENS
+    return SumOf.GROUPS if few or layout.math is not Math.BF16 else SumOf.WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -143,11 +143,11 @@ class NarrowWeights:
                 words[4 * ks + j, m] = got[j]
 
     def fragment(self, words, m, ks):
-        """The four A registers of k-step ks: of widened words the low nibbles on even ks, the high ones on odd."""
+        """The four A registers of k-step ks. A widened word holds two: its low nibbles and its high ones."""
         if not self.widen:
             return [words[4 * ks + r, m] for r in range(4)]
-        widen = self.low_nibbles if ks % 2 == 0 else self.high_nibbles
-        return [widen(words[4 * (ks // 2) + r, m]) for r in range(4)]
+        two = (words[2 * ks, m], words[2 * ks + 1, m])
+        return [half(word) for word in two for half in (self.low_nibbles, self.high_nibbles)]
 
     def low_nibbles(self, word):
         if self.math is Math.INT8:

@@ -12,7 +12,7 @@ from cutlass import BFloat16, Float8E4M3FN, Float32, Int8, Int32, Int64, const_e
 from cutlass.cute.nvgpu import warpgroup
 
 from kernel_gen.kernels import ptx
-from kernel_gen.kernels.dequant import BF16_ONE, Bf16Weights, NarrowWeights
+from kernel_gen.kernels.dequant import Bf16Weights, NarrowWeights
 from kernel_gen.layouts import STRIP_BYTES
 from kernel_gen.smem_wgmma import SumOf, sum_of
 from profiles.gpus import Math
@@ -33,16 +33,14 @@ class WgmmaMainloop:
         self.sum_of = sum_of(facts, tile_n)
         self.scales_weights = facts.has_group_scales and self.sum_of is SumOf.WEIGHTS
         has_codes = not self.narrow and facts.weight_bits != 16
-        self.has_tile_biases = (
-            has_codes and self.sum_of is SumOf.WEIGHTS and not (facts.has_group_scales and facts.has_zero_points)
-        )
+        has_group_zeros = facts.has_group_scales and facts.has_zero_points
+        self.has_tile_biases = has_codes and not has_group_zeros
+        self.fetches_groups = has_codes and (self.scales_weights or has_group_zeros)
         if self.narrow:
             self.weights = NarrowWeights(self.math, facts.weight_bits, K_STEPS, facts.unit_bytes)
             self.extra_scale = self.weights.extra_scale
         else:
-            self.weights = Bf16Weights(
-                facts.weight_bits, facts.has_zero_points, facts.has_group_scales, facts.unit_bytes
-            )
+            self.weights = Bf16Weights(facts.weight_bits, facts.has_zero_points, self.scales_weights, facts.unit_bytes)
             self.extra_scale = 1.0
 
     def acc_type(self):
@@ -73,7 +71,7 @@ class WgmmaMainloop:
         _, _, feature_tile, index, slot_at, k, units = at
         facts = self.facts
         thread_mma = mma.get_slice(tid - 128)
-        acc = self.sums(mma, self.tile_m, self.acc_type())
+        acc = self.sums(mma, self.acc_type())
         acc.fill(0)
         a = thread_mma.make_fragment_A(mma.partition_shape_A((self.tile_m, facts.k_tile)))
         tokens = cute.make_tensor(
@@ -87,24 +85,22 @@ class WgmmaMainloop:
             self.fetch_channel(state, feature_tile, index, slot_at, units, blocks)
         ring = (start, arrays, barriers, num_stages)
         k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
+        work = (mma, a, b, acc, state, blocks, k_tiles)
         if const_expr(self.sum_of is SumOf.WEIGHTS):
-            stage, phase = self.multiply(ring, mma, a, b, acc, state, blocks, k_tiles, stage, phase)
+            stage, phase = self.multiply(ring, work, stage, phase)
         else:
-            total = self.sums(mma, self.tile_m, Float32)
+            total = self.sums(mma, Float32)
             total.fill(0.0)
-            if const_expr(self.sum_of is SumOf.GROUPS):
-                stage, phase = self.multiply_groups(ring, mma, a, b, acc, total, state, blocks, k_tiles, stage, phase)
+            if const_expr(self.narrow):
+                stage, phase = self.multiply_groups(ring, work, total, stage, phase)
             else:
-                ones = thread_mma.make_fragment_A(mma.partition_shape_A((64 * self.groups, facts.k_tile)))
-                stage, phase = self.multiply_codes(
-                    ring, mma, a, b, ones, acc, total, state, blocks, k_tiles, stage, phase
-                )
+                stage, phase = self.multiply_pairs(ring, work, total, stage, phase)
             acc = total
         return acc, stage, phase
 
-    def sums(self, mma, rows, kind):
-        """Registers for rows x tile_n sums."""
-        return cute.make_rmem_tensor(mma.partition_shape_C((rows, self.tile_n)), kind)
+    def sums(self, mma, kind):
+        """Registers for the tile's sums."""
+        return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), kind)
 
     def atoms(self, mma):
         """(wgmma that starts sums, wgmma that adds to them)."""
@@ -133,9 +129,10 @@ class WgmmaMainloop:
         return after, after_phase
 
     @cute.jit
-    def multiply(self, ring, mma, a, b, acc, state, blocks, k_tiles, stage, phase):
+    def multiply(self, ring, work, stage, phase):
         """acc += weights x tokens; a k-tile's last fragments are decoded as its last but one are multiplied."""
         _, _, barriers, num_stages = ring
+        mma, a, b, acc, state, blocks, k_tiles = work
         _, add = self.atoms(mma)
         cute.arch.mbarrier_wait(barriers + stage, phase)
         at_w, at_s = self.addresses(ring, stage)
@@ -174,12 +171,13 @@ class WgmmaMainloop:
         return self.advance(ring, stage, phase)
 
     @cute.jit
-    def multiply_groups(self, ring, mma, a, b, acc, total, state, blocks, k_tiles, stage, phase):
-        """total += scale x (the codes of one group, one k-tile, x tokens). The next k-tile's words are read as this one
-        is multiplied (behind the last one, words that nobody uses). Fragments wait for the end: several slots with
-        fragments of a running wgmma changed piece by piece are serialised.
+    def multiply_groups(self, ring, work, total, stage, phase):
+        """total += scale x (the codes of one group, one k-tile of 8-bit math, x tokens). The next k-tile's words are
+        read as this one is multiplied (behind the last one, words that nobody uses). Fragments wait for the end:
+        several slots with fragments of a running wgmma changed piece by piece are serialised.
         """
         _, _, barriers, num_stages = ring
+        mma, a, b, acc, state, blocks, k_tiles = work
         begin, add = self.atoms(mma)
         cute.arch.mbarrier_wait(barriers + stage, phase)
         at_w, at_s = self.addresses(ring, stage)
@@ -208,17 +206,10 @@ class WgmmaMainloop:
         return stage, phase
 
     @cute.jit
-    def multiply_codes(self, ring, mma, a, b, ones, acc, total, state, blocks, k_tiles, stage, phase):
-        """total += scale x (128 + codes) x tokens, less what that is too much: 128 + zero point times the sum of the
-        tokens' values, which a row of ones finds. A group is two k-tiles.
-        """
+    def multiply_pairs(self, ring, work, total, stage, phase):
+        """total += scale x (the codes of one group, two k-tiles of bf16 math, x tokens)."""
         _, _, barriers, num_stages = ring
-        token_sums = self.sums(mma, 64 * self.groups, Float32)
-        ones_words = cute.recast_tensor(ones, Int32)
-        for r in cutlass.range_constexpr(4):
-            # Pinned: constants would be made anew, in registers that a running wgmma still reads.
-            ones_words[(0, r % 2, r // 2), 0, 0] = ptx.pinned(BF16_ONE)
-        operands = (a, b, ones, acc, token_sums, state)
+        _, _, _, acc, state, blocks, k_tiles = work
         cute.arch.mbarrier_wait(barriers + stage, phase)
         at_w, at_s = self.addresses(ring, stage)
         self.decode(state, 0, at_w, at_s, blocks)
@@ -226,32 +217,32 @@ class WgmmaMainloop:
         last = stage
         for pair in cutlass.range(k_tiles // 2, unroll=1):
             last = stage
-            stage, phase = self.code_tile(ring, mma, operands, blocks, stage, phase, before, True, True, pair > 0)
+            stage, phase = self.half_group(ring, work, stage, phase, before, True, True, pair > 0)
             before = last
             last = stage
             more = pair * 2 + 2 < k_tiles
-            stage, phase = self.code_tile(ring, mma, operands, blocks, stage, phase, before, False, more, True)
+            stage, phase = self.half_group(ring, work, stage, phase, before, False, more, True)
             before = last
+            scales = self.row_scales(self.addresses(ring, last)[1], blocks)
             warpgroup.wait_group(0)
-            self.add_codes(total, acc, token_sums, self.addresses(ring, last)[1], blocks)
+            self.add_group(total, acc, scales)
         if k_tiles % 2 == 1:
             last = stage
-            stage, phase = self.code_tile(ring, mma, operands, blocks, stage, phase, before, True, False, k_tiles > 1)
+            stage, phase = self.half_group(ring, work, stage, phase, before, True, False, k_tiles > 1)
             before = last
+            scales = self.row_scales(self.addresses(ring, last)[1], blocks)
             warpgroup.wait_group(0)
-            self.add_codes(total, acc, token_sums, self.addresses(ring, last)[1], blocks)
+            self.add_group(total, acc, scales)
         self.release(barriers + num_stages + before)
         return stage, phase
 
     @cute.jit
-    def code_tile(
-        self, ring, mma, operands, blocks, stage, phase, before, starts: cutlass.Constexpr, more, release_before
-    ):
+    def half_group(self, ring, work, stage, phase, before, starts: cutlass.Constexpr, more, release_before):
         """Multiply the k-tile in `stage`, decode the first fragment of the next, waiting for it if there is one, and
         release the stage before. Returns the ring's next stage and phase.
         """
         _, _, barriers, num_stages = ring
-        a, b, ones, acc, token_sums, state = operands
+        mma, a, b, acc, state, blocks, _ = work
         begin, add = self.atoms(mma)
         after, after_phase = self.advance(ring, stage, phase)
         at_w, at_s = self.addresses(ring, stage)
@@ -263,7 +254,6 @@ class WgmmaMainloop:
             self.decode(state, (ks + 1) % K_STEPS, at_w, at_s, blocks)
             warpgroup.fence()
             atom = begin if const_expr(starts and ks == 0) else add
-            cute.gemm(atom, token_sums, ones[None, None, 0], b[None, None, ks, stage], token_sums)
             cute.gemm(atom, acc, a[None, None, ks], b[None, None, ks, stage], acc)
             warpgroup.commit_group()
             warpgroup.wait_group(2)
@@ -300,7 +290,7 @@ class WgmmaMainloop:
             block = (m * self.groups + group) * 4 + warp
             if const_expr(ks == 0 or self.narrow or self.facts.weight_bits == 16):
                 self.weights.load(words, m, at_w, block, lane, ks)
-            if const_expr(ks == 0 and not self.narrow and self.scales_weights):
+            if const_expr(ks == 0 and self.fetches_groups):
                 self.fetch_group(scales, biases, m, at_s + block * 32 + (lane // 4) * 4, consts)
 
     @cute.jit
@@ -310,8 +300,6 @@ class WgmmaMainloop:
         for m in cutlass.range_constexpr(self.m_units):
             if const_expr(self.narrow):
                 regs = self.weights.fragment(words, m, ks)
-            elif const_expr(self.sum_of is SumOf.CODES):
-                regs = [self.weights.codes(words, m, ks, r, consts) for r in range(4)]
             else:
                 regs = self.weights.decode(words, m, ks, scales, biases, consts)
             fragments[(0, 0, 0), m, ks] = regs[0]
@@ -321,10 +309,13 @@ class WgmmaMainloop:
 
     @cute.jit
     def fetch_group(self, scales, biases, m: cutlass.Constexpr, address, consts):
-        """Scale, and zero point where there is one, of rows g and g + 8 in this k-tile's group."""
-        pair = ptx.lds32(address)
-        scales[0, m] = ptx.broadcast_low(pair)
-        scales[1, m] = ptx.broadcast_high(pair)
+        """Scale, if weights are multiplied by it, and zero point, if there is one, of rows g and g + 8 in this k-tile's
+        group.
+        """
+        if const_expr(self.scales_weights):
+            pair = ptx.lds32(address)
+            scales[0, m] = ptx.broadcast_low(pair)
+            scales[1, m] = ptx.broadcast_high(pair)
         if const_expr(self.facts.has_zero_points):
             bias = self.weights.bias(ptx.lds32(address + self.tile_m * 2), consts)
             biases[0, m] = bias[0]
@@ -347,25 +338,6 @@ class WgmmaMainloop:
             bias = self.weights.bias(pair, consts)
             biases[0, m] = bias[0]
             biases[1, m] = bias[1]
-
-    @cute.jit
-    def add_codes(self, total, sums, token_sums, at_s, blocks):
-        """total += scale * (sums - (128 + zero point) * token_sums), in float32."""
-        group, warp, lane = blocks
-        for m in cutlass.range_constexpr(self.m_units):
-            at = at_s + ((m * self.groups + group) * 4 + warp) * 32 + (lane // 4) * 4
-            pair = ptx.lds32(at)
-            scales = (ptx.bf16_low_to_f32(pair), ptx.bf16_high_to_f32(pair))
-            above = [Float32(128.0 + 2.0 ** (self.facts.weight_bits - 1))] * 2
-            if const_expr(self.facts.has_zero_points):
-                zeros = ptx.lds32(at + self.tile_m * 2)
-                above = [ptx.bf16_low_to_f32(zeros) + 128.0, ptx.bf16_high_to_f32(zeros) + 128.0]
-            for n in cutlass.range_constexpr(self.tile_n // 8):
-                for half in cutlass.range_constexpr(2):
-                    for i in cutlass.range_constexpr(2):
-                        at_sum = ((i, half, n), m, 0)
-                        value = sums[at_sum] - above[half] * token_sums[((i, half, n), 0, 0)]
-                        total[at_sum] = total[at_sum] + value * scales[half]
 
     def row_scales(self, at_s, blocks):
         """Float32 scales of rows g and g + 8 of each unit in this group."""
