@@ -1,8 +1,11 @@
-"""Intervals with a promise: from errors on rows that the model had not seen, as quantiles of error over difficulty.
+"""Intervals with a promise: from errors on rows that the model had not seen, their quantiles by regime.
 
-Split-conformal prediction (Vovk et al. 2005; normalised scores: Lei et al. 2018) with one quantile per regime
-(Mondrian): fp8 launches, say, are not covered at the expense of the others. If new groups are like those held out
-during calibration, a share `coverage` of their latencies lies in the interval, whatever the model.
+Split-conformal prediction (Vovk et al. 2005) with one quantile per regime (Mondrian): fp8 launches, say, are not
+covered at the expense of the others. If new groups are like those held out during calibration, a share `coverage` of
+their latencies lies in the interval, whatever the model.
+
+A learned difficulty that divides the errors (normalised scores: Lei et al. 2018) was tried and dropped: on groups
+never seen it widened the intervals, or covered too little (docs/latency_model.md).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Conformal:
 
     @classmethod
     def fit(cls, scores: Array, regimes: Codes) -> Conformal:
-        """From |error| / difficulty of unseen rows [R], and which regime (a number from 0) each row is of."""
+        """From |log error| of unseen rows [R], and which regime (a number from 0) each row is of."""
         names, counts = np.unique(regimes, return_counts=True)
         kept = [POOLED, *names[counts >= MIN_ROWS].tolist()]
         parts = [scores if name == POOLED else scores[regimes == name] for name in kept]
@@ -45,7 +48,7 @@ class Conformal:
         )
 
     def quantile(self, regimes: Codes, coverage: float) -> Array:
-        """How many difficulties the interval reaches to either side, [R]; the finite-sample level
+        """How far the interval reaches to either side of the log, [R]; the finite-sample level
         ceil((n + 1) coverage) / n of each regime.
         """
         levels = np.minimum(np.ceil((self.counts + 1) * coverage) / self.counts, 1.0)

@@ -124,6 +124,8 @@ def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -
         "ctas_per_sm": [use.ctas_per_sm for use in uses],
         "is_wgmma": [config.family is Family.WGMMA for config in configs],
         "is_along_features": [config.raster is Raster.ALONG_FEATURES for config in configs],
+        "cluster": [config.cluster for config in configs],
+        "least_width": [config.token_widths[0] / config.tile.n for config in configs],
         "num_slots": [len(slots) for slots in by_slot],
         "weight_bits": of_scheme({scheme: scheme.weight_bits for scheme in every}),
         "least_weight_bits": [min(scheme.weight_bits for scheme in slots) for slots in by_slot],

@@ -85,8 +85,8 @@ class Kernels:
         self._fixed = np.zeros((len(self.uses), len(FEATURES)), dtype=np.float32, order="F")
         for name, values in fixed_columns(gpu, uses, self._table).items():
             self._fixed[:, INDEX[name]] = values
-        groups: dict[tuple[tuple[QuantScheme, ...], int], int] = {}
-        keys = [(use.schemes if len(use.schemes) > 1 else (), use.config.tile.n) for use in uses]
+        groups: dict[tuple[tuple[QuantScheme, ...], tuple[int, ...]], int] = {}
+        keys = [(use.schemes if len(use.schemes) > 1 else (), use.config.token_widths) for use in uses]
         self._group_of_use = np.asarray([groups.setdefault(key, len(groups)) for key in keys], dtype=np.intp)
         self._groups = list(groups)
 
@@ -110,7 +110,7 @@ class Kernels:
         return out
 
     def _splits(self, loads: Sequence[TokenLoad], use_of: Codes, load_of: Codes) -> Array:
-        """How each load splits into tiles, by kernels that split alike: [4, groups, loads, slots], see `_SPLIT`."""
+        """How each load splits into tiles, by kernels that split alike: [5, groups, loads, slots], see `_SPLIT`."""
         counts = np.zeros((len(_SPLIT), len(self._groups), len(loads), self._table.used.shape[1]))
         for code in np.unique(self._group_of_use[use_of] * len(loads) + load_of):
             group, load = divmod(int(code), len(loads))
@@ -123,16 +123,17 @@ class Kernels:
         columns = {field.name: getattr(self._table, field.name)[use_of] for field in _TABLE_FIELDS}
         of_rows = splits[:, self._group_of_use[use_of], load_of]
         columns.update(zip(_SPLIT, of_rows, strict=True))
-        columns["num_tiles"] = columns["num_token_tiles"] * columns["num_feature_tiles"][:, None]
+        columns["num_tiles"] = columns["num_tiles"] * columns["num_feature_tiles"][:, None]
         columns["num_experts"] = num_experts
         return LaunchTable(**columns)
 
 
-_SPLIT = ("num_tokens", "num_active", "num_token_tiles", "max_tokens")
+_SPLIT = ("num_tokens", "num_active", "num_token_tiles", "num_tiles", "max_tokens")
+"""Columns of a launch that its load decides; `num_tiles` of one feature tile."""
 _TABLE_FIELDS = dataclasses.fields(LaunchTable)
 
 
-def _split(schemes: tuple[QuantScheme, ...], tile_n: int, load: TokenLoad) -> list[tuple[float, ...]]:
+def _split(schemes: tuple[QuantScheme, ...], token_widths: tuple[int, ...], load: TokenLoad) -> list[tuple[float, ...]]:
     """`_SPLIT` of each slot; no schemes: all experts share one."""
     if schemes and len(schemes) != load.num_experts:
         raise DataError(f"{len(schemes)} schemes for the {load.num_experts} experts of load {load.source!r}")
@@ -140,8 +141,8 @@ def _split(schemes: tuple[QuantScheme, ...], tile_n: int, load: TokenLoad) -> li
     for scheme, count in zip(schemes, load.tokens_per_expert, strict=False):
         by_slot.setdefault(scheme, []).append(count)
     parts = [tuple(tokens) for tokens in by_slot.values()] if schemes else [load.tokens_per_expert]
-    found = [split_load(tokens, tile_n) for tokens in parts]
-    return [(s.num_tokens, s.num_active_experts, s.num_token_tiles, s.max_tokens) for s in found]
+    found = [split_load(tokens, token_widths) for tokens in parts]
+    return [(s.num_tokens, s.num_active_experts, s.num_token_tiles, s.full_token_tiles, s.max_tokens) for s in found]
 
 
 def _one_token_each(use: KernelUse) -> TokenLoad:

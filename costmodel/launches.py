@@ -62,7 +62,7 @@ class Launch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTable:
     """R launches in columns: [R], or [R, S] with S slots (distinct schemes of a launch); unused slots hold zeros and
-    `used` is false.
+    `used` is false. `num_tiles` counts a tile of narrower tokens as the part of a full one that it is.
     """
 
     n: Array
@@ -145,13 +145,13 @@ def _column(values: Sequence[int]) -> Array:
 def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -> dict[str, float]:
     """A slot's entries in the [R, S] columns, from num_tokens on."""
     shape, config = launch.shape, launch.config
-    work, split = tile_work(config, scheme), split_load(tokens, config.tile.n)
+    work, split = tile_work(config, scheme), split_load(tokens, config.token_widths)
     return {
         "num_tokens": split.num_tokens,
         "num_active": split.num_active_experts,
         "num_token_tiles": split.num_token_tiles,
         "max_tokens": split.max_tokens,
-        "num_tiles": split.num_token_tiles * -(-shape.n // config.tile.m),
+        "num_tiles": split.full_token_tiles * -(-shape.n // config.tile.m),
         "num_k_tiles": -(-shape.k // work.k_tile),
         "mma_k": MMA_K[scheme.math],
         "k_steps": work.k_steps,

@@ -7,8 +7,7 @@ The forest never falls in a feature that grows with tokens, and what does not gr
 could never fall either: a core that is too slow at large loads could not be mended. `slope` below 1 leaves the
 difference to the forest.
 
-Errors on folds of held-out groups teach a second forest how difficult a launch is, and calibrate the intervals
-(`costmodel.conformal`).
+Errors on folds of held-out groups calibrate the intervals (`costmodel.conformal`).
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ Matrix = npt.NDArray[np.float32]
 _ASKED = np.asarray([KINDS[name] in (Kind.GROWS, Kind.FIXED) for name in FEATURES])
 _GROWS = np.asarray([KINDS[name] is Kind.GROWS for name in FEATURES])
 _MATH_COLUMNS = [INDEX[f"{math.value}_share"] for math in Math]
-_SMALLEST_ERROR = 1e-3
-"""Log errors below 0.1% are all alike: timing does not resolve them."""
+_TILE_EDGES = (16, 64)
+"""Token tiles up to the first are decode's, above the second prefill's."""
 
 
 class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -52,8 +51,8 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     Learned are:
         core_: the calibrated core, or None.
-        forest_, difficulty_: of log latency and of the log of its error.
-        conformal_: quantiles of the errors, by regime (family, math, mixed or not).
+        forest_: of log latency.
+        conformal_: quantiles of the errors, by regime: family, math, width of the token tile; mixed launches apart.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         learning_rate: float = 0.1,
         l2: float = 1.0,
         slope: float = 0.95,
-        num_folds: int = 4,
+        num_folds: int = 6,
         coverage: float = 0.9,
         random_state: int = 0,
     ) -> None:
@@ -89,12 +88,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         X, y = validate_data(self, X, y, dtype=np.float32, order="F", ensure_min_samples=2, y_numeric=True)
         log_us = _log_of(y)
         self._fit_mean(X, log_us)
-        unseen = self._unseen_errors(X, log_us, groups)
-        log_error = np.log(np.maximum(unseen, _SMALLEST_ERROR))
-        boosting = Boosting(num_trees=max(1, self.num_trees // 4), depth=min(self.depth, 4), l2=20.0)
-        asked, free = _asked(X), np.zeros(X.shape[1], dtype=np.bool_)
-        self.difficulty_ = boosting.fit(X, log_error, asked=asked, grows=free, seed=self.random_state)
-        self.conformal_ = Conformal.fit(unseen / self._difficulty(X), _regimes(X))
+        self.conformal_ = Conformal.fit(self._unseen_errors(X, log_us, groups), _regimes(X))
         return self
 
     @overload
@@ -108,7 +102,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         log_us = self._log_us(X)
         if not return_interval:
             return np.asarray(np.exp(log_us), dtype=np.float64)
-        reach = self.conformal_.quantile(_regimes(X), self.coverage) * self._difficulty(X)
+        reach = self.conformal_.quantile(_regimes(X), self.coverage)
         return np.exp(log_us), np.exp(log_us - reach), np.exp(log_us + reach)
 
     def latencies_us(self, X: Matrix) -> Array:
@@ -149,9 +143,6 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         residual = self.forest_.predict(X)
         return residual if self.core_ is None else residual + self.slope * self.core_.log_us(X)
 
-    def _difficulty(self, X: Matrix) -> Array:
-        return np.asarray(np.exp(self.difficulty_.predict(X)), dtype=np.float64)
-
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.target_tags.positive_only = True
@@ -170,9 +161,13 @@ def _asked(X: Matrix) -> npt.NDArray[np.bool_]:
 
 
 def _regimes(X: Matrix) -> npt.NDArray[np.int64]:
-    """A number for family, the math that most experts have, and whether schemes are mixed; 0 without known columns."""
+    """A number for family, the math that most experts have, and the class of the token tile or that schemes are mixed;
+    0 without known columns.
+    """
     if X.shape[1] != len(FEATURES):
         return np.zeros(len(X), dtype=np.int64)
     math = X[:, _MATH_COLUMNS].argmax(axis=1)
     is_mixed, is_wgmma = X[:, INDEX["num_slots"]] > 1, X[:, INDEX["is_wgmma"]] > 0
-    return np.asarray(math + len(Math) * (is_mixed + 2 * is_wgmma), dtype=np.int64)
+    tile = np.searchsorted(_TILE_EDGES, X[:, INDEX["tile_n"]], side="left")
+    part = np.where(is_mixed, len(_TILE_EDGES) + 1, tile)
+    return np.asarray((part * 2 + is_wgmma) * len(Math) + math, dtype=np.int64)

@@ -28,8 +28,7 @@ from profiles.gpus import Math, gpu
 from profiles.kernels import parse
 
 FORMAT = "bitile latency model"
-FORMAT_VERSION = 1
-_FORESTS = ("forest", "difficulty")
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +76,7 @@ def write(path: str | os.PathLike[str], fitted: FittedModel) -> None:
         "core_version": fitted.core_version,
         "features": list(FEATURES),
         "parameters": model.get_params(),
-        "bases": {name: getattr(model, f"{name}_").base for name in _FORESTS},
+        "base": model.forest_.base,
     }
     try:
         with replacing(target) as temporary, temporary.open("wb") as file:
@@ -90,10 +89,8 @@ def _arrays(model: LatencyModel) -> dict[str, npt.NDArray[Any]]:
     """All that a model learned, but the forests' bases."""
     core, conformal = model.core_, model.conformal_
     arrays: dict[str, npt.NDArray[Any]] = {} if core is None else {"factors": core.factors}
-    for name in _FORESTS:
-        forest: Forest = getattr(model, f"{name}_")
-        arrays |= {f"{name}_features": forest.features, f"{name}_thresholds": forest.thresholds}
-        arrays[f"{name}_leaves"] = forest.leaves
+    forest = model.forest_
+    arrays |= {"tree_features": forest.features, "tree_thresholds": forest.thresholds, "tree_leaves": forest.leaves}
     return arrays | {"regimes": conformal.regimes, "counts": conformal.counts, "scores": conformal.scores}
 
 
@@ -153,8 +150,7 @@ def _model(header: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) ->
     if factors.min() < 0:
         raise ValueError("negative factors")
     model.core_ = CalibratedCore(factors=factors)
-    for name in _FORESTS:
-        setattr(model, f"{name}_", _forest(name, float(header["bases"][name]), arrays))
+    model.forest_ = _forest(float(header["base"]), arrays)
     regimes = _array(arrays, "regimes", np.int64, (None,))
     if not len(regimes) or regimes[0] != POOLED or bool(np.any(np.diff(regimes) <= 0)):
         raise ValueError("regimes out of order")
@@ -168,15 +164,15 @@ def _model(header: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) ->
     return model
 
 
-def _forest(name: str, base: float, arrays: Mapping[str, npt.NDArray[Any]]) -> Forest:
-    features = _array(arrays, f"{name}_features", np.int32, (None, None))
+def _forest(base: float, arrays: Mapping[str, npt.NDArray[Any]]) -> Forest:
+    features = _array(arrays, "tree_features", np.int32, (None, None))
     trees, depth = features.shape
     if not 1 <= depth <= 8 or features.min(initial=0) < 0 or features.max(initial=0) >= len(FEATURES):
-        raise ValueError(f"{name}: questions on features that do not exist")
-    thresholds = _array(arrays, f"{name}_thresholds", np.float32, (trees, depth), may_be_infinite=True)
-    leaves = _array(arrays, f"{name}_leaves", np.float64, (trees, 1 << depth))
+        raise ValueError("questions on features that do not exist")
+    thresholds = _array(arrays, "tree_thresholds", np.float32, (trees, depth), may_be_infinite=True)
+    leaves = _array(arrays, "tree_leaves", np.float64, (trees, 1 << depth))
     if not np.isfinite(base):
-        raise ValueError(f"{name}: base {base}")
+        raise ValueError(f"base {base}")
     return Forest(base=base, features=features, thresholds=thresholds, leaves=leaves)
 
 

@@ -136,7 +136,8 @@ def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
 
 def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     """The producer copies without the consumers' help; every wgmma reads its tokens from shared memory again. Where
-    group scales make each k-tile's sums wait, a warp decodes, multiplies and scales in turn.
+    group scales make each k-tile's sums wait, a warp decodes, multiplies and scales in turn. The CTAs of a cluster
+    copy a share of the tokens each, for all of them.
     """
     rows, tokens, warps = config.tile.m, config.tile.n, config.warps.num_warps
     k_steps = K_TILE[scheme.math] // MMA_K[scheme.math]
@@ -150,7 +151,7 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         math=scheme.math,
         k_tile=K_TILE[scheme.math],
         k_tile_weight_bytes=weight_bytes,
-        k_tile_token_bytes=token_bytes,
+        k_tile_token_bytes=token_bytes / config.cluster,
         k_tile_smem_bytes=2 * weight_bytes + token_bytes * (1 + rows / WGMMA_ROWS),
         k_tile_mmas=per_token_mma * tokens,
         k_tile_tensor_mmas=per_token_mma * wide,
@@ -214,22 +215,29 @@ def _group_sum_instructions(config: KernelConfig, scheme: QuantScheme) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSplit:
-    """A token load under one scheme, cut into token tiles of one width."""
+    """A token load under one scheme, cut into token tiles. `full_token_tiles` is their width together in full tiles:
+    less than their number where experts end with narrower ones.
+    """
 
     num_tokens: int
     num_active_experts: int
     num_token_tiles: int
+    full_token_tiles: float
     max_tokens: int
 
 
 @functools.lru_cache(maxsize=65536)
-def split_load(tokens_per_expert: tuple[int, ...], tile_n: int) -> LoadSplit:
-    """Sums over the experts that have tokens."""
+def split_load(tokens_per_expert: tuple[int, ...], token_widths: tuple[int, ...]) -> LoadSplit:
+    """Sums over the experts that have tokens; `token_widths` as a configuration has them, rising."""
     tokens: npt.NDArray[np.int64] = np.asarray(tokens_per_expert, dtype=np.int64)
+    widths = np.asarray((0, *token_widths))
+    full, left = np.divmod(tokens, token_widths[-1])
+    last = widths[np.searchsorted(widths, left)]
     return LoadSplit(
         num_tokens=int(tokens.sum()),
         num_active_experts=int(np.count_nonzero(tokens)),
-        num_token_tiles=int((-(-tokens // tile_n)).sum()),
+        num_token_tiles=int(full.sum() + np.count_nonzero(left)),
+        full_token_tiles=float((full * token_widths[-1] + last).sum()) / token_widths[-1],
         max_tokens=int(tokens.max(initial=0)),
     )
 

@@ -301,8 +301,20 @@ def test_wgmma_stores_a_row_at_a_time() -> None:
 
 
 def test_split_load() -> None:
-    split = split_load((0, 1, 16, 17), 16)
+    split = split_load((0, 1, 16, 17), (16,))
+    assert split.full_token_tiles == split.num_token_tiles
     assert (split.num_tokens, split.num_active_experts, split.num_token_tiles, split.max_tokens) == (34, 3, 4, 17)
+    tails = split_load((0, 1, 16, 17), (4, 8, 16))
+    assert tails.num_token_tiles == 4
+    assert tails.full_token_tiles == (4 + 16 + 16 + 4) / 16
+    widths = [split_load((tokens,), (4, 8, 16)).full_token_tiles for tokens in range(80)]
+    assert widths == sorted(widths)
+
+
+def test_a_cluster_copies_its_tokens_once() -> None:
+    one, two = (tile_work(kernels.parse(f"wgmma_128x64_w8x1x1_s3_k1_at_o1{end}"), W4A16) for end in ("", "_c2"))
+    assert two.k_tile_bytes == one.k_tile_bytes - one.k_tile_token_bytes / 2
+    assert two.k_tile_smem_bytes == one.k_tile_smem_bytes
 
 
 def best(on: GpuSpec, scheme: QuantScheme, load: TokenLoad, shape: GemmShape) -> float:

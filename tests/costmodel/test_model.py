@@ -183,11 +183,11 @@ def test_damaged_file_is_refused(fitted: FittedModel, tmp_path: Path, damage: st
         path.unlink()
     else:
         if damage == "version":
-            arrays["header"] = np.asarray(str(arrays["header"]).replace('"format_version": 1', '"format_version": 99'))
+            arrays["header"] = np.asarray(str(arrays["header"]).replace('"format_version": 2', '"format_version": 99'))
         elif damage == "features":
-            arrays["forest_features"] = arrays["forest_features"] + 1000
+            arrays["tree_features"] = arrays["tree_features"] + 1000
         elif damage == "leaves":
-            arrays["forest_leaves"] = arrays["forest_leaves"][:, :4]
+            arrays["tree_leaves"] = arrays["tree_leaves"][:, :4]
         else:
             arrays["factors"] = arrays["factors"] * np.nan
         np.savez(path, **arrays)
