@@ -87,6 +87,14 @@ def test_serialised_wgmma_is_found_in_the_compilers_log(shared_cache: KernelCach
     assert any("C7511" in reason for reason in gate.rejections(code, SERIALISED, gpu("h200")))
 
 
+@pytest.mark.parametrize("where", ["in the function 'f'", "for the function 'f'"])
+def test_every_wording_of_serialised_is_known(where: str) -> None:
+    """ptxas says "in" of C7510 and C7511, "for" of C7512: registers ran out."""
+    log = f"ptxas info : (C7512) Potential Performance Loss: wgmma.mma_async instructions are\n  serialized {where}"
+    (warning,) = gate._ptxas_warnings(log)
+    assert warning.startswith("C7512: Potential Performance Loss")
+
+
 def test_shared_memory_that_the_system_reserves_is_not_the_kernels(shared_cache: KernelCache, small: Artifact) -> None:
     """Neither has static shared memory; on Hopper cuobjdump reports the system's 1 KiB."""
     assert small.code.static_smem_bytes == compiled(shared_cache, EMULATED).code.static_smem_bytes == 0
