@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from profiles import schemes
-from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
+from profiles.frames import TableKind
 from profiles.models import Linear, LinearId
 from profiles.schemes import QuantScheme
 
@@ -35,6 +34,7 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 KEY = ("layer", "expert", "linear", "scheme")
 PROVENANCE = ("model", "metric", "data", "num_samples", "seed")
+KIND = TableKind(name="a sensitivity", schema=SCHEMA, version=SCHEMA_VERSION, own="loss", key=KEY, alike=PROVENANCE)
 SHARED_EXPERT = -1
 """`expert` of the experts that every token goes to; they run as one."""
 
@@ -119,64 +119,18 @@ class Sensitivity:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Sensitivity:
         """A table from Parquet. DataError: missing, truncated, foreign, of another schema version, or broken rows."""
-        return cls(_read(Path(path)), where=str(path))
+        return cls(KIND.read(Path(path)), where=str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Put the table in the place of a Parquet file, whole or not at all. DataError when it cannot be written."""
-        target = Path(path)
-        try:
-            with replacing(target) as temporary:
-                table = pa.Table.from_pandas(self._frame, schema=SCHEMA, preserve_index=False)
-                pq.write_table(table, temporary, write_page_checksum=True)
-        except OSError as error:
-            raise DataError(
-                f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged"
-            ) from error
-
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a readable Parquet file, truncated or foreign ({reason})") from error
-    if {"schema_version", "loss"} <= set(table.column_names):
-        for version in table.column("schema_version").unique().to_pylist():
-            if version != SCHEMA_VERSION:
-                raise DataError(
-                    f"{path}: a sensitivity of schema version {version}; this version of bitile reads {SCHEMA_VERSION}"
-                )
-    if sorted(table.column_names) != sorted(SCHEMA.names):
-        raise DataError(f"{path}: not a sensitivity; it has the columns {', '.join(table.column_names)}")
-    frame: pd.DataFrame = table.to_pandas()
-    return frame
+        KIND.write(self._frame, Path(path))
 
 
 def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """The rows in the table's columns, sorted; DataError for the first rule that is broken."""
-    missing = [name for name in SCHEMA.names if name not in frame]
-    if missing or frame.empty:
-        raise DataError(f"{where}: " + (f"missing columns {', '.join(missing)}" if missing else "it has no rows"))
-    try:
-        frame = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).to_pandas()
-    except (pa.ArrowException, TypeError) as error:
-        raise DataError(f"{where}: a column is not of a sensitivity's type ({error})") from error
-    for name in SCHEMA.names:
-        if bool(frame[name].isna().any()):
-            raise DataError(f"{where}: row {int(frame[name].isna().argmax())} has no {name}; every row needs one")
-    frame = frame.sort_values(list(KEY), kind="stable").reset_index(drop=True)
-    for name in PROVENANCE:
-        if frame[name].nunique() > 1:
-            raise DataError(
-                f"{where}: a sensitivity is of one {name}, this has {', '.join(sorted(map(str, frame[name].unique())))}"
-            )
+    frame = KIND.conformed(frame, where)
     _check_values(frame, where)
-    twice = frame.duplicated(list(KEY))
-    if twice.any():
-        row = frame.iloc[int(twice.argmax())]
-        raise DataError(f"{where}: two rows for {', '.join(f'{name} {row[name]}' for name in KEY)}")
+    KIND.refuse_twice(frame, where)
     return frame
 
 

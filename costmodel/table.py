@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from costmodel.analytic import launch_latencies, model_version
 from costmodel.launches import Launch
 from profiles import kernels, schemes
-from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
+from profiles.frames import TableKind
 from profiles.gpus import GpuSpec
 from profiles.gpus import gpu as find_gpu
 from profiles.records import Source, Status
@@ -45,7 +44,15 @@ SCHEMA = pa.schema([
     ("schema_version", pa.int32()),
 ])  # fmt: skip
 KEY = ("model", "linear", "scheme", "scenario")
-NULLABLE = ("std_us",)
+KIND = TableKind(
+    name="a cost table",
+    schema=SCHEMA,
+    version=SCHEMA_VERSION,
+    own="std_us",
+    key=KEY,
+    alike=("gpu", "model_version"),
+    nullable=("std_us",),
+)
 _NORMAL_P20_TO_P80 = 2 * 0.8416212335729143  # in standard deviations
 _EQUAL_WITHIN = 1e-3
 """Latencies this close favour neither scheme: with few tokens all of them may sit on the launch floor."""
@@ -175,18 +182,7 @@ class CostTable:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Put the table in the place of a Parquet file, whole or not at all. DataError when it cannot be written."""
-        target = Path(path)
-        try:
-            with replacing(target) as temporary:
-                pq.write_table(
-                    pa.Table.from_pandas(self._frame, schema=SCHEMA, preserve_index=False),
-                    temporary,
-                    write_page_checksum=True,
-                )
-        except OSError as error:
-            raise DataError(
-                f"{target}: cannot be written ({error.strerror or error}); what was there is unchanged"
-            ) from error
+        KIND.write(self._frame, Path(path))
 
     def latency_us(self, *, model: str, linear: str, scheme: QuantScheme, scenario: str) -> float:
         """One entry. SpecError if the table has none."""
@@ -270,20 +266,7 @@ def fastest(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read(path: Path, gpu: str | None) -> pd.DataFrame:
-    try:
-        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a readable Parquet file, truncated or foreign ({reason})") from error
-    if "schema_version" in table.column_names and "std_us" in table.column_names:
-        for version in table.column("schema_version").unique().to_pylist():
-            if version != SCHEMA_VERSION:
-                raise DataError(
-                    f"{path}: a cost table of schema version {version}; this version of bitile reads {SCHEMA_VERSION}"
-                )
-    if sorted(table.column_names) != sorted(SCHEMA.names):
-        raise DataError(f"{path}: not a cost table; it has the columns {', '.join(table.column_names)}")
-    frame: pd.DataFrame = table.to_pandas()
+    frame = KIND.read(path)
     found = sorted({str(name) for name in frame["gpu"]})
     if gpu is not None and found not in ([], [gpu]):
         raise DataError(f"{path}: rows of the GPU {', '.join(found)}, where {gpu} is expected")
@@ -292,17 +275,7 @@ def _read(path: Path, gpu: str | None) -> pd.DataFrame:
 
 def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """The rows in the table's columns, sorted; DataError for the first rule that is broken."""
-    missing = [name for name in SCHEMA.names if name not in frame]
-    if missing or frame.empty:
-        raise DataError(f"{where}: " + (f"missing columns {', '.join(missing)}" if missing else "it has no rows"))
-    try:
-        frame = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).to_pandas()
-    except (pa.ArrowException, TypeError) as error:
-        raise DataError(f"{where}: a column is not of a cost table's type ({error})") from error
-    frame = frame.sort_values(list(KEY), kind="stable").reset_index(drop=True)
-    for name in SCHEMA.names:
-        if name not in NULLABLE and bool(frame[name].isna().any()):
-            raise DataError(f"{where}: row {int(frame[name].isna().argmax())} has no {name}")
+    frame = KIND.conformed(frame, where)
     readers: dict[str, Callable[[Any], object]] = {
         "gpu": find_gpu,
         "scheme": schemes.parse,
@@ -315,16 +288,8 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
                 read(value)
             except (SpecError, ValueError) as error:
                 raise DataError(f"{where}: {error}") from error
-    for name in ("gpu", "model_version"):
-        if frame[name].nunique() > 1:
-            raise DataError(
-                f"{where}: a cost table is of one {name}, this has {', '.join(sorted(map(str, frame[name].unique())))}"
-            )
     _check_numbers(frame, where)
-    twice = frame.duplicated(list(KEY))
-    if twice.any():
-        row = frame.iloc[int(twice.argmax())]
-        raise DataError(f"{where}: two rows for {', '.join(str(row[name]) for name in KEY)}")
+    KIND.refuse_twice(frame, where)
     return frame
 
 
