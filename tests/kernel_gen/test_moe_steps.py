@@ -1,5 +1,6 @@
 """The steps around the GEMMs compile for every architecture and pass the gate: no spills, no stack; no GPU needed."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -58,6 +59,8 @@ def specs(arch):
     yield swiglu(arch, 768, (BF16,))
     yield swiglu(arch, 14336, (BF16, INT8, E4M3))
     yield swiglu(arch, 250, (BF16, INT4), aligned=False)
+    yield dataclasses.replace(swiglu(arch, 2048, (BF16, E4M3)), by_row=True)
+    yield dataclasses.replace(swiglu(arch, 2048, (E4M3,)), by_row=True, gated=False)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -8,7 +8,8 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from kernel_gen.kernels.steps import ptx
 from kernel_gen.kernels.steps.rows import MAX_WARPS, Form, Rows
-from kernel_gen.kernels.steps.spec import SwigluSpec
+from kernel_gen.kernels.steps.spec import FORMAT_CODE, SwigluSpec
+from kernel_gen.layouts import ActivationKind
 
 
 class SwigluKernel:
@@ -19,6 +20,7 @@ class SwigluKernel:
         self.gated, self.by_row = spec.gated, spec.by_row
         self.rows = Rows(spec.threads, spec.vectors, spec.aligned)
         self.forms = [Form(kind, self.rows) for kind in spec.kinds]
+        self.writes_bf16 = ActivationKind.BF16 in spec.kinds
         self.needs_largest = any(form.is_quantized and not form.by_group for form in self.forms)
 
     @cute.jit
@@ -62,26 +64,33 @@ class SwigluKernel:
         tid, _, _ = cute.arch.thread_idx()
         row, _, _ = cute.arch.block_idx()
         scratch = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint())
+        wanted = Int32(0)
+        if const_expr(self.by_row):
+            wanted = (ptx.ldg32(row_formats + Int64(row) * 4) >> 8) & 255
         if row < offsets[cute.size(offsets, mode=[0]) - 1]:
-            source = gate_up + Int64(row) * stride * 2
-            gate = self.rows.load(source, width, tid)
-            wanted = Int32(0)
-            if const_expr(self.by_row):
-                wanted = ptx.ldg32(row_formats + Int64(row) * 4) >> 8
-            product = gate
-            if const_expr(self.gated):
-                product = self.product(gate, self.rows.load(source + Int64(width) * 2, width, tid))
-            largest = Int32(0)
-            if const_expr(self.needs_largest):
-                largest, _ = self.rows.reduce(self.rows.thread_largest(product), [], scratch, tid)
-            for f in cutlass.range_constexpr(len(self.forms)):
-                if const_expr(not self.by_row):
+            if const_expr(self.by_row and not self.writes_bf16):
+                if wanted != FORMAT_CODE[ActivationKind.BF16]:
+                    self.take(row, gate_up + Int64(row) * stride * 2, width, wanted, addresses, scratch, tid)
+            else:
+                self.take(row, gate_up + Int64(row) * stride * 2, width, wanted, addresses, scratch, tid)
+
+    @cute.jit
+    def take(self, row, source, width, wanted, addresses, scratch, tid):
+        """One row, read at `source`."""
+        product = self.rows.load(source, width, tid)
+        if const_expr(self.gated):
+            product = self.product(product, self.rows.load(source + Int64(width) * 2, width, tid))
+        largest = Int32(0)
+        if const_expr(self.needs_largest):
+            largest, _ = self.rows.reduce(self.rows.thread_largest(product), [], scratch, tid)
+        for f in cutlass.range_constexpr(len(self.forms)):
+            if const_expr(not self.by_row):
+                codes, scales = self.forms[f].quantize(product, largest)
+                self.forms[f].store(codes, scales, row, width, addresses, tid)
+            else:
+                if wanted == self.forms[f].code:
                     codes, scales = self.forms[f].quantize(product, largest)
                     self.forms[f].store(codes, scales, row, width, addresses, tid)
-                else:
-                    if (wanted & 255) == self.forms[f].code:
-                        codes, scales = self.forms[f].quantize(product, largest)
-                        self.forms[f].store(codes, scales, row, width, addresses, tid)
 
     def product(self, gate, up):
         """Vector by vector."""
