@@ -8,12 +8,14 @@ launches    launches as objects, and as columns
 analytic    the latency of a launch from the above: makespan of the tile list against DRAM time
 table       CostTable: (linear, scheme, load) -> latency and configuration, from measurements or predictions
 
-features    launches as the matrix that models learn from
+features    launches as the matrix that models learn from; its columns, feature_columns and kernel_use
+sessions    measurements of several hours or machines as one table, and the noise floor between them
 model       LatencyModel, of calibration (the core's factors), forest (what it misses) and conformal (intervals)
 baselines   what LatencyModel must beat, on its interface
 model_file  a fitted model as a file; fit: `python -m costmodel.fit`
 pricing     what a fitted model is for: cost tables, marginal costs, choosing a kernel
 evaluation  errors, coverage and regret on held-out groups; evaluate: `python -m costmodel.evaluate`, report: its pages
+transfer    a card that was never measured: `python -m costmodel.transfer`; transfer_model, and published figures
 guide       which configurations to measure next
 """
 
