@@ -1,7 +1,7 @@
 """The report of the GPU tests: which tests ran on which GPU, on which kernels, with what outcome.
 
 A test names a kernel that it ran with pytest's own `record_property("kernel", f"{name} {fingerprint}")`.
-`pytest -m gpu --gpu-report PATH` writes the report there, or to `PATH/<gpu>.json` where PATH is a folder.
+`pytest -m gpu --gpu-report PATH` writes the report there, or to `PATH/<gpu>.json` where PATH does not end in `.json`.
 It is committed, so that a reader without a GPU sees what was true of which kernels.
 """
 
@@ -23,7 +23,7 @@ class GpuReport:
     """Collects what the tests marked `gpu` reported and writes it as JSON when the session ends."""
 
     def __init__(self, path: Path, device: dict[str, Any]) -> None:
-        self.path = path / f"{slug(device['name'])}.json" if path.is_dir() else path
+        self.path = path if path.suffix == ".json" else path / f"{slug(device['name'])}.json"
         self.device = device
         self.tests: dict[str, dict[str, Any]] = {}
         self.kernels: set[str] = set()
