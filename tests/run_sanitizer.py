@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--families",
         nargs="+",
-        default=["mma", "wgmma", "control"],
-        help="kernel families, and the control [%(default)s]",
+        default=["mma", "wgmma", "steps", "control"],
+        help="kernel families, a layer's steps, and the control [%(default)s]",
     )
     parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"), help="folder of the logs [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("tests/reports"), help="folder of the report [%(default)s]")

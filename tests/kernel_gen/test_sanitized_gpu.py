@@ -29,6 +29,31 @@ def test_a_small_launch(config: str, names: tuple[str, ...], record_property) ->
     assert run(kernel, Case(n=200, k=328, counts=LOAD, scheme_names=schemes)) is None
 
 
+@pytest.mark.parametrize(
+    ("names", "tokens", "hidden"),
+    [
+        (("w16a16",), 5, 72),
+        (("w16a16", "w8a8_g-1_sym", "w8a8_g-1_sym_e4m3"), 33, 250),
+        (("w4a4_g128_sym", "w8a8_g-1_sym"), 700, 200),
+    ],
+    ids=["steps_few", "steps_odd", "steps_many"],
+)
+def test_a_small_layers_steps(names, tokens: int, hidden: int, record_property) -> None:
+    from tests.kernel_gen.test_moe_steps_gpu import draw_ids, steps_of
+
+    record_property("kernel", f"steps {'+'.join(names)}")
+    steps, *_ = steps_of(names, hidden=hidden, intermediate=hidden)
+    ids = draw_ids("some out of range", tokens, 6, 12)
+    x = torch.ones(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    routing = None if tokens < 100 else steps.route(ids)
+    routing, _ = steps.gather(x, ids, routing, for_swiglu=True)
+    steps.swiglu(torch.ones(tokens * 6, 2 * hidden, dtype=torch.bfloat16, device="cuda"), routing)
+    y = torch.ones(tokens * 6, hidden, dtype=torch.bfloat16, device="cuda")
+    out = steps.combine(y, routing, torch.ones(tokens, 6, device="cuda"))
+    known = ((ids >= 0) & (ids < 12)).sum(1)
+    assert torch.equal(out, known[:, None].expand(-1, hidden).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("num_blocks", [9], ids=["control_9_blocks"])
 def test_the_control_is_right(num_blocks: int, record_property) -> None:
     """What the sanitizer says of the wgmma family is judged by what it says of this."""
