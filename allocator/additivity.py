@@ -55,10 +55,10 @@ def _run(arguments: argparse.Namespace) -> command.Outcome:
         batch_size=arguments.batch_size,
         progress=command.progress_of(arguments),
     )
-    if arguments.corrected is not None:
-        corrected(sensitivity, found, Blocks.of(sensitivity, model.shape)).write(arguments.corrected)
     command.write_json(arguments.out, found.report())
     picture.write(scatter.figure(found, f"{sensitivity.model}, {sensitivity.metric}"), plot)
+    if arguments.corrected is not None:
+        corrected(sensitivity, found, Blocks.of(sensitivity, model.shape)).write(arguments.corrected)
     return command.Outcome(summary=found.report(), text=report(found, arguments.out, plot))
 
 

@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", action="store_true", help="search for narrower ranges")
     parser.add_argument("--rotate", action="store_true", help="rotate inputs before activations are quantised")
     parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks to run too, where lm-eval is installed")
+    parser.add_argument("--tasks-folder", type=Path, metavar="DIR", help="lm-eval tasks of your own, as YAML")
     parser.add_argument("--limit", type=int, metavar="N", help="documents of each task")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     return parser
@@ -140,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         if arguments.tasks:
             names = arguments.tasks.split(",")
-            result["tasks"] = run_tasks(evaluator, assignment, quantizer, names, limit=arguments.limit)
+            result["tasks"] = run_tasks(
+                evaluator, assignment, quantizer, names, limit=arguments.limit, folder=arguments.tasks_folder
+            )
         if arguments.json is not None:
             write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     except UserError as error:

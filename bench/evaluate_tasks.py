@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import transformers
@@ -25,22 +26,26 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
+    folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Every score of each task. SpecError: lm-eval is not installed, or knows no such task."""
+    """Every score of each task; `folder` may hold tasks beside lm-eval's own, as YAML. SpecError: lm-eval is not
+    installed, or knows no such task.
+    """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise SpecError(f"tasks need lm-eval, which is not installed ({error}): pip install lm-eval") from error
-    known = set(TaskManager().all_tasks)
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    known = set(manager.all_tasks)
     unknown = [task for task in tasks if task not in known]
     if unknown:
         raise SpecError(f"lm-eval has no task {', '.join(unknown)}; lm_eval ls tasks lists them")
-    folder = evaluator.model.checkpoint.folder
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    checkpoint = evaluator.model.checkpoint.folder
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     language_model = HFLM(pretrained=assembled(evaluator, assignment, quantizer), tokenizer=tokenizer)
-    results = simple_evaluate(model=language_model, tasks=list(tasks), limit=limit)["results"]
+    results = simple_evaluate(model=language_model, tasks=list(tasks), limit=limit, task_manager=manager)["results"]
     return {
         task: {name: float(score) for name, score in scores.items() if isinstance(score, int | float)}
         for task, scores in results.items()

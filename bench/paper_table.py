@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from bench.paper_variants import VARIANTS, Mixed, Uniform, Variant, assignment_o
 from profiles.errors import DataError, UserError
 
 KIND = "bitile paper table"
+WIDTH = 120
 COLUMNS = ("name", "setting", "schemes", "quantizer", "avg_weight_bits", "perplexity", "mean_kl")
 
 
@@ -87,11 +89,17 @@ class Table:
             "",
             f"`{command}`",
             "",
-            f"Measured {self._dates()}. Held out: {on['data']}. Calibration: {on['calibration']}. {on['dtype']} on"
-            f" {on['device']}.",
+            *textwrap.wrap(
+                f"Measured {self._dates()}. Held out: {on['data']}. Calibration: {on['calibration']}. {on['dtype']} on"
+                f" {on['device']}.",
+                WIDTH,
+            ),
             "",
-            "Bits are of the MoE linears, scales and zero points counted. KL: from the logits of the model as it is,",
-            "nats a token. Less KL: than the best uniform or blind rounding of the same setting.",
+            *textwrap.wrap(
+                "Bits are of the MoE linears, scales and zero points counted. KL: from the logits of the model as it"
+                " is, nats a token. Less KL: than the best uniform or blind rounding of the same setting.",
+                WIDTH,
+            ),
             "",
             "| setting | schemes | rounding | bits a weight | perplexity | KL | less KL |",
             "|---|---|---|---|---|---|---|",
