@@ -63,7 +63,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         learning_rate: float = 0.1,
         l2: float = 1.0,
         slope: float = 0.95,
-        num_folds: int = 6,
+        num_folds: int = 4,
         coverage: float = 0.9,
         random_state: int = 0,
     ) -> None:
