@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 MIN_REPLAY_US = 400.0
 MAX_LAUNCHES_PER_GRAPH = 128
+CALM_RATIO, CALM_WAIT_S, CALM_STEP_S = 1.03, 0.06, 0.004
+"""A candidate waits, at most so long, until the reference GEMM takes no longer than this times what it takes on the calm
+GPU: the power cap lowers the clock for some milliseconds after a launch that needed much.
+"""
 FLUSH_BYTES = 256 << 20
 """Written between launches that are timed one by one: more than any GPU's L2 holds."""
 _REFERENCE_SIZE = (
@@ -142,6 +146,7 @@ class GpuClock:
         samples: list[float] = []
         references: list[float] = []
         clocks: list[float] = []
+        self._wait_until_calm()
         while not rule.enough(samples):
             references.append(self._replay_us(self._reference))
             batch_us, clock = self._batch(graph, rule.batch)
@@ -177,6 +182,12 @@ class GpuClock:
             pairs.append((begin, end))
         torch.cuda.synchronize()
         return float(statistics.median(1e3 * begin.elapsed_time(end) for begin, end in pairs))
+
+    def _wait_until_calm(self) -> None:
+        """Let the power budget recover from the launches before, for a bounded time."""
+        deadline = monotonic_s() + CALM_WAIT_S
+        while self._replay_us(self._reference) > CALM_RATIO * self._calm_reference_us and monotonic_s() < deadline:
+            time.sleep(CALM_STEP_S)
 
     def _batch(self, graph: torch.cuda.CUDAGraph, replays: int) -> tuple[list[float], float]:
         """`replays` replays queued at once, their times in microseconds, and the SM clock while they ran."""
