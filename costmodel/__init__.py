@@ -16,7 +16,9 @@ model_file  a fitted model as a file; fit: `python -m costmodel.fit`
 pricing     what a fitted model is for: cost tables, marginal costs, choosing a kernel
 evaluation  errors, coverage and regret on held-out groups; evaluate: `python -m costmodel.evaluate`, report: its pages
 transfer    a card that was never measured: `python -m costmodel.transfer`; transfer_model, and published figures
-guide       which configurations to measure next
+error_field what one measurement says about the errors of other predictions
+guide       which configurations to measure next; worth: whether to; replay: `python -m costmodel.replay`, both tried
+drift       what changed since a model was fitted; recalibration: correct it; recheck: which launches tell
 """
 
 from __future__ import annotations

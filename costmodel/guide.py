@@ -9,7 +9,7 @@ are chosen greedily; after each, all is worked out anew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -157,6 +157,20 @@ class Guide:
             batch=batch,
             costs=costs or Costs(),
         )
+
+    def part(self, rows: Codes) -> Guide:
+        """The guide over some of its candidates."""
+        of, base = self.candidates, self.base_log_us
+        candidates = Candidates(
+            features=of.features.iloc[rows].reset_index(drop=True),
+            launches=of.launches[rows],
+            kernels=of.kernels[rows],
+            inputs=of.inputs[rows],
+            weights=of.weights[rows],
+        )
+        places = Places.of(candidates.features.to_numpy(dtype=np.float32))
+        base_log_us = None if base is None else base[rows]
+        return replace(self, candidates=candidates, places=places, base_log_us=base_log_us)
 
     def believe(self, measured: Mask, latency_us: Array) -> Belief:
         """From what was measured: `measured` [R]; `latency_us` [R] where it was (NaN: it failed)."""

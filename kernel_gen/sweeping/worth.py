@@ -59,9 +59,7 @@ def worth(request: SweepRequest, cells: Sequence[Cell], guidance: Guidance) -> W
         goal=guidance.goal,
         over_default=gain_over(guide, belief, core_picks(guide)),
         over_model=None if guidance.base is None else gain_over(guide, belief, belief.chosen),
-        guided=rehearse(
-            guide, none, unknown, goal=guidance.goal, max_measurements=guidance.max_measurements or len(choices)
-        ),
+        guided=rehearse(guide, goal=guidance.goal, max_measurements=guidance.max_measurements or len(choices)),
         exhaustive=Effort(num_measurements=len(every), seconds=guide.costs.of(guide.candidates, every, none)),
     )
 

@@ -12,6 +12,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from costmodel import replay as replay_command
+from costmodel import worth
 from costmodel.error_field import ON_CORE, TERMS, ErrorField, Places, Scales
 from costmodel.features import of_profile
 from costmodel.groups import launch_ids
@@ -178,18 +179,14 @@ def test_gain_holds_what_measuring_gains(models: list[Recorded]) -> None:
     assert certain.high < 0.005  # nothing is left to gain
 
 
-def test_rehearsal_is_near_the_performance(models: list[Recorded]) -> None:
-    data = models[0]
-    guide, none, unknown = (
-        data.guide(8),
-        np.zeros(len(data.latency_us), dtype=np.bool_),
-        np.full(len(data.latency_us), np.nan),
-    )
-    effort = rehearse(guide, none, unknown, goal=0.01, max_measurements=1000)
-    stop = next(
-        point for point in replay(data, "guided", batch=8) if point.expected_regret and point.expected_regret <= 0.01
-    )
+def test_rehearsal_is_near_the_performance(models: list[Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = models[0].guide(8)
+    effort = rehearse(guide, goal=0.01, max_measurements=1000)
+    curve = replay(models[0], "guided", batch=8)
+    stop = next(point for point in curve if point.expected_regret is not None and point.expected_regret <= 0.01)
     assert 0 < effort.num_measurements < 3 * stop.num_measured + 24
     assert effort.seconds > 0
-    few = rehearse(guide, none, unknown, goal=0.0, max_measurements=20)
+    few = rehearse(guide, goal=0.0, max_measurements=20)
     assert few.num_measurements == 20
+    monkeypatch.setattr(worth, "_MOST_REHEARSING", 6)  # of 36 launches
+    assert rehearse(guide, goal=0.0, max_measurements=60).num_measurements == pytest.approx(60, abs=6)
