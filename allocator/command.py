@@ -30,7 +30,7 @@ class Outcome:
 def run(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], Outcome]
 ) -> int:
-    """The exit code: 0, or 2 on a user's mistake, whose sentence goes to stderr."""
+    """The exit code: 0; 2 on a user's mistake, whose sentence goes to stderr; 130 when interrupted."""
     arguments = parser.parse_args(argv)
     try:
         require_models(parser.prog.removeprefix("python -m "))
@@ -40,6 +40,9 @@ def run(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(json.dumps(outcome.summary) if arguments.json else outcome.text)
     return 0
 

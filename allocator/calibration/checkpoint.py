@@ -15,6 +15,7 @@ from profiles.errors import DataError, SpecError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Checkpoint:
@@ -48,7 +49,7 @@ class Checkpoint:
         return (name for name in self._files if name.startswith(prefix))
 
     def load(self, names: list[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Some tensors. DataError: one is missing, not readable, or holds a NaN or an infinity."""
+        """Some tensors. DataError: one is missing, not readable, of codes, or holds a NaN or an infinity."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self._files:
@@ -110,6 +111,11 @@ def _names_in(file: Path) -> set[str]:
 
 
 def _finite(tensor: Tensor, name: str, file: Path) -> Tensor:
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    if tensor.dtype not in _FLOATS:
+        raise DataError(
+            f"{file}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; bf16, fp16 or fp32 is needed, not a"
+            " quantised checkpoint"
+        )
+    if not bool(tensor.isfinite().all()):
         raise DataError(f"{file}: {name} holds a NaN or an infinity; the checkpoint is damaged")
     return tensor

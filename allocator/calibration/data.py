@@ -55,6 +55,8 @@ def read_sequences(
     """
     if length < MIN_LENGTH or number < 1:
         raise SpecError(f"{number} sequences of {length} tokens: at least 1 of {MIN_LENGTH} are needed")
+    if not 0 <= seed < 1 << 63:
+        raise SpecError(f"seed {seed}: a number from 0 to 2^63 - 1 is needed")
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{file}: no such file; --data takes a text file or an .npy of token ids")

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from allocator.calibration.adapters import MoeAdapter, adapter_of
@@ -23,6 +24,11 @@ from profiles.errors import DataError, SpecError
 from profiles.models import MoeShape, model_from_config
 
 _TOP = "model."
+_CONFIG_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, StrictDataclassError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What transformers raises for sizes that make no model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,7 +147,7 @@ class StreamedModel:
         head, embedding = "lm_head.weight", f"{_TOP}embed_tokens.weight"
         if head not in tensors and embedding in tensors and getattr(self._model.config, "tie_word_embeddings", False):
             tensors[head] = tensors[embedding]
-        self._model.load_state_dict(tensors, strict=False, assign=True)
+        self._put(tensors, self._model)
         for name, module in list(self._base.named_children()):
             if name != "layers" and not list(module.parameters()) and list(module.buffers()):  # rotary tables
                 self._base.add_module(name, type(module)(self._model.config).to(self.device))
@@ -181,10 +187,21 @@ class StreamedModel:
             (self.dtype, [name for name in wanted if not any(part in name for part in precise)]),
         ):
             tensors = self.checkpoint.load(chosen, dtype=dtype, device=self.device)
-            module.load_state_dict({str(wanted[n]): t for n, t in tensors.items()}, strict=False, assign=True)
+            self._put({str(wanted[n]): t for n, t in tensors.items()}, module)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if tensor.is_meta:
                 raise DataError(f"{self.checkpoint.folder}: layer {index} has no tensor {name} in the checkpoint")
+
+    def _put(self, tensors: dict[str, Tensor], module: nn.Module) -> None:
+        """In the place of a module's own. DataError for another shape than config.json makes it."""
+        own = module.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
+            if name in own and own[name].shape != tensor.shape:
+                raise DataError(
+                    f"{self.checkpoint.folder}: {name} is {[*tensor.shape]} in the checkpoint, and config.json makes it"
+                    f" {[*own[name].shape]}; they belong to different models"
+                )
+        module.load_state_dict(tensors, strict=False, assign=True)
 
 
 def _device(name: str | None) -> torch.device:
@@ -222,10 +239,10 @@ def _without_weights(folder: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).strip().splitlines()
+    except _CONFIG_ERRORS as error:
+        reason = " ".join(str(error).split())
         raise SpecError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} cannot make this model"
-            f" ({reason[0] if reason else type(error).__name__})"
+            f" ({reason or type(error).__name__})"
         ) from error
     return cast(nn.Module, model.eval())

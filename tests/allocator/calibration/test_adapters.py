@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from allocator.calibration.adapters import FusedExperts, UnknownArchitectureError, adapters, register
-from allocator.calibration.checkpoint import Checkpoint
+from allocator.calibration.checkpoint import SINGLE, Checkpoint
 from allocator.calibration.model import StreamedModel
-from profiles.errors import DataError, SpecError
+from profiles.errors import DataError, SpecError, UserError
 from tests.allocator.calibration import tiny
 
 
@@ -204,6 +204,12 @@ def test_a_damaged_checkpoint_is_refused(checkpoints: dict[str, Path], tmp_path:
     folder = checkpoints["qwen3_moe"]
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
+    weights = tensors[name]
+    for kind in (torch.int8, torch.float8_e4m3fn):
+        tensors[name] = weights.to(kind)
+        with pytest.raises(DataError, match=rf"{name} holds (int8|float8_e4m3fn); bf16, fp16 or fp32 is needed"):
+            StreamedModel(rewrite(folder, tmp_path / str(kind), tensors)).layer(1)
+    tensors[name] = weights
     tensors[name][0, 0] = torch.nan
     with pytest.raises(DataError, match=rf"{name} holds a NaN"):
         StreamedModel(rewrite(folder, tmp_path / "nan", tensors)).layer(1)
@@ -216,6 +222,34 @@ def test_a_damaged_checkpoint_is_refused(checkpoints: dict[str, Path], tmp_path:
     del tensors["model.norm.weight"]
     with pytest.raises(DataError, match=r"no tensor model\.norm\.weight"):
         StreamedModel(rewrite(folder, tmp_path / "fewest", tensors))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        (
+            {"vocab_size": 256},
+            r"embed_tokens\.weight is \[128, 64\] in the checkpoint, and config\.json makes it \[256, 64\]",
+        ),
+        ({"num_experts": 6}, r"mlp\.gate\.weight is \[8, 64\] in the checkpoint"),
+        ({"num_attention_heads": 0}, "cannot make this model"),
+        ({"num_hidden_layers": 5}, r"cannot make this model|no tensor"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(
+    sizes: dict[str, int], sentence: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = rewrite(checkpoints["qwen2_moe"], tmp_path / "other", load_file(checkpoints["qwen2_moe"] / SINGLE))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+
+    def read_all() -> None:
+        model = StreamedModel(folder)
+        for index in range(model.num_layers):
+            model.layer(index)
+
+    with pytest.raises(UserError, match=sentence):
+        read_all()
 
 
 def test_not_a_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def refusals(tmp_path: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
             "the tokenizer does not match the text: it knows no token for 100% of other.txt",
         ),
         "damaged tokenizer": (arguments(damaged, text, out), "its tokenizer cannot be read"),
+        "no such seed": (arguments(folder, good, out, "--seed", "-1"), "seed -1: a number from 0"),
         "no sequences": (arguments(folder, good, out, "--num-sequences", "0"), "at least 1 of 2 are needed"),
     }
 
