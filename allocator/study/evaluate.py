@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from allocator.allocate import MAX_SCHEMES_PER_LAUNCH
-from allocator.arrays import InfeasibleError, solve_arrays
+from allocator.arrays import InfeasibleError, Solution, solve_arrays
 from allocator.problem import Floats, Ints
 from allocator.solver import Effort
 from allocator.study.menu import Choice, Menu
@@ -29,6 +30,11 @@ ERROR_WEIGHTS = ("down", "activations", "late_layers")
 INNER_EFFORT = Effort(good_gap=1e-4, small_items=300, milp_seconds=2.0)
 """A trial stops at a gap of 0.01%: finer differences are below what launches are known to."""
 
+CAPPED_EFFORT = Effort(good_gap=1e-3, small_items=0, narrow=(300, 30), wide=(300, 30), milp_variables=0)
+"""Under several caps, which move: a bound and a rounding are enough."""
+CAP_MOVES = 4
+CAP_MARGIN = 0.9995
+"""A cap aims this near to a limit: launches move in steps."""
 PRICED_LAYERS = 4
 """Layers whose launches decide between configurations: they differ little."""
 
@@ -122,7 +128,7 @@ class Evaluator:
         return ranked[int(total.argmin())]
 
     def solve(self, choice: Choice) -> Inner:
-        """The inner problem's solution."""
+        """The inner problem's solution; where nothing holds the caps, the one without them."""
         problem = self.problem
         loss, bits, latency, columns = self._arrays(choice)
         weights = [
@@ -130,16 +136,15 @@ class Evaluator:
             for name in problem.scenarios
         ]
         cost = loss * self._error_factors(choice, columns) / self.reference_loss + latency @ np.array(weights)
-        limit = problem.bits_limit
         rows = np.arange(len(problem.ids))
-        try:
-            found = solve_arrays(cost, bits, avg_bits=limit, sizes=problem.sizes, effort=INNER_EFFORT)
+        found = self._within(choice, cost, bits, latency)
+        if found is not None:
             chosen, objective, bound, gap = found.assignment, found.loss, found.bound, found.gap
-        except InfeasibleError:
+        else:
             chosen = np.where(np.isfinite(cost), bits, np.inf).argmin(axis=1)
             objective = bound = float(cost[rows, chosen].sum())
             gap = 0.0
-        avg_bits = float(np.average(bits[rows, chosen], weights=problem.sizes))
+        limit, avg_bits = problem.bits_limit, float(np.average(bits[rows, chosen], weights=problem.sizes))
         assignment = columns[rows, chosen]
         return Inner(
             assignment=assignment,
@@ -150,6 +155,48 @@ class Evaluator:
             excess_bits=avg_bits - limit if avg_bits > limit * (1 + 1e-12) else min(0.0, avg_bits - limit),
             loss=problem.corrected_loss(assignment),
         )
+
+    def _within(self, choice: Choice, cost: Floats, bits: Floats, latency: Floats) -> Solution | None:
+        """Least cost within bits and caps, else as near to the caps as the bits allow; None: the compiled schemes cannot
+        hold the bits.
+        """
+        problem = self.problem
+        capped = [i for i, name in enumerate(problem.scenarios) if name in choice.latency_caps_us]
+        common: dict[str, Any] = {"avg_bits": problem.bits_limit, "sizes": problem.sizes}
+        if capped:
+            caps = [choice.latency_caps_us[problem.scenarios[i]] for i in capped]
+            try:
+                return solve_arrays(
+                    cost, bits, latency_us=latency[:, :, capped], max_latency_us=caps, effort=CAPPED_EFFORT, **common
+                )
+            except InfeasibleError:  # said by the trial's constraints, which the launches then break
+                cost = np.where(np.isfinite(cost), (latency[:, :, capped] / np.array(caps)).sum(axis=2), np.inf)
+        try:
+            return solve_arrays(cost, bits, effort=INNER_EFFORT, **common)
+        except InfeasibleError:
+            return None
+
+    def solve_within_limits(self, choice: Choice) -> tuple[Choice, Inner]:
+        """The inner problem with caps moved until the launches, not their shares, are at the budget's limits.
+
+        Each cap is scaled by the limit over what its launches take, some times over; of the assignments that hold every
+        limit the one of least loss is taken, else the one that breaks them least.
+        """
+        limits = self.problem.budget.max_latency_us
+        if not limits:
+            return choice, self.solve(choice)
+        caps = dict(limits) | dict(choice.latency_caps_us)
+        best: tuple[tuple[float, float], Choice, Inner] | None = None
+        for _ in range(CAP_MOVES):
+            moved = replace(choice, latency_caps_us=dict(caps))
+            inner = self.solve(moved)
+            over = {name: self.launches_us(moved, inner.assignment, name) / limit for name, limit in limits.items()}
+            rank = max(0.0, *(ratio - 1 for ratio in over.values()), inner.excess_bits), inner.loss
+            if best is None or rank < best[0]:
+                best = rank, moved, inner
+            caps = {name: caps[name] / over[name] * CAP_MARGIN for name in limits}
+        assert best is not None
+        return best[1:]
 
     def launches_us(self, choice: Choice, assignment: Ints, scenario: str) -> float:
         """All layers' launches under one load, priced as launches."""

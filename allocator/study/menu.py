@@ -32,6 +32,8 @@ class Choice:
         configs: by (linear, scenario), the configuration that runs the launch under that load; for those that are
             left out, `Evaluator.settle` takes the one whose price is least.
         latency_weights: by scenario, the relative loss that one unit of relative latency is worth.
+        latency_caps_us: by scenario, the most that the shares of latency may add up to in the inner problem; absent
+            ones are not limited.
         own_kernels: the inner problem counts each scheme's latency with its own best kernel, not with the launch's.
         error_weights: by name, a factor on some blocks' losses in the inner problem; absent ones are 1.
     """
@@ -39,6 +41,7 @@ class Choice:
     compiled: Mapping[str, tuple[QuantScheme, ...]]
     configs: Mapping[tuple[str, str], KernelConfig]
     latency_weights: Mapping[str, float]
+    latency_caps_us: Mapping[str, float] = field(default_factory=dict)
     own_kernels: bool = False
     error_weights: Mapping[str, float] = field(default_factory=dict)
 

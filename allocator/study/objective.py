@@ -19,6 +19,8 @@ from profiles.schemes import QuantScheme, parse
 
 LATENCY_WEIGHTS = (1e-4, 1e2)
 """Range of a latency weight: relative loss for one unit of relative latency."""
+CAP_FACTORS = (0.5, 1.2)
+"""Range of a cap over its limit where a trial's scheme sets are solved for: shares of latency are not launches."""
 ERROR_FACTORS = (0.25, 4.0)
 SOLVED = "solved"
 """A slot's value: as the solver has it."""
@@ -69,12 +71,16 @@ def sample(trial: BaseTrial, solver: SetSolver) -> Choice:
     weights = {
         name: trial.suggest_float(f"latency_weight.{name}", *LATENCY_WEIGHTS, log=True) for name in problem.scenarios
     }
+    caps = {
+        name: limit * trial.suggest_float(_cap_name(name), *CAP_FACTORS, log=True)
+        for name, limit in problem.budget.max_latency_us.items()
+    }
     own_kernels = trial.suggest_categorical("inner_latency", INNER_LATENCY) == OWN
     compiled, configs = {}, {}
     for kind in problem.kinds:
         names = [SOLVED, *(scheme.name for scheme in menu.schemes[kind.linear])]
         slots = [trial.suggest_categorical(name, names) for name in _slot_names(evaluator, kind.linear)]
-        compiled[kind.linear] = menu.compatible(kind, _schemes(slots, solver, kind.linear, weights))
+        compiled[kind.linear] = menu.compatible(kind, _schemes(slots, solver, kind.linear, weights, caps))
         for scenario in problem.scenarios:
             rank = trial.suggest_int(_rank_name(kind.linear, scenario), 0, NUM_RANKS)
             if rank > 0:
@@ -86,16 +92,23 @@ def sample(trial: BaseTrial, solver: SetSolver) -> Choice:
         errors = {name: trial.suggest_float(f"error_weight.{name}", *ERROR_FACTORS, log=True) for name in ERROR_WEIGHTS}
     return evaluator.settle(
         Choice(
-            compiled=compiled, configs=configs, latency_weights=weights, own_kernels=own_kernels, error_weights=errors
+            compiled=compiled,
+            configs=configs,
+            latency_weights=weights,
+            latency_caps_us=caps,
+            own_kernels=own_kernels,
+            error_weights=errors,
         )
     )
 
 
-def _schemes(slots: list[str], solver: SetSolver, linear: str, weights: Mapping[str, float]) -> list[QuantScheme]:
+def _schemes(
+    slots: list[str], solver: SetSolver, linear: str, weights: Mapping[str, float], caps: Mapping[str, float]
+) -> list[QuantScheme]:
     """What the slots name."""
     if SOLVED not in slots:
         return [parse(name) for name in slots]
-    solved = solver.solved(weights)[linear]
+    solved = solver.solved(weights, caps)[linear]
     schemes = [
         parse(name) if name != SOLVED else solved[i] if i < len(solved) else None for i, name in enumerate(slots)
     ]
@@ -105,8 +118,10 @@ def _schemes(slots: list[str], solver: SetSolver, linear: str, weights: Mapping[
 def params_of(choice: Choice, solver: SetSolver) -> dict[str, Any]:
     """Parameters that `sample` makes this choice of."""
     evaluator = solver.evaluator
-    solved = solver.solved(choice.latency_weights)
+    solved = solver.solved(choice.latency_weights, choice.latency_caps_us)
     params: dict[str, Any] = {f"latency_weight.{name}": weight for name, weight in choice.latency_weights.items()}
+    for name, limit in evaluator.problem.budget.max_latency_us.items():
+        params[_cap_name(name)] = float(np.clip(choice.latency_caps_us.get(name, limit) / limit, *CAP_FACTORS))
     params["inner_latency"] = OWN if choice.own_kernels else LAUNCH
     for kind in evaluator.problem.kinds:
         held = choice.compiled[kind.linear]
@@ -127,6 +142,10 @@ def _slot_names(evaluator: Evaluator, linear: str) -> list[str]:
     return [f"{linear}.scheme{i}" for i in range(min(menu.max_schemes, len(menu.schemes[linear])))]
 
 
+def _cap_name(scenario: str) -> str:
+    return f"latency_cap.{scenario}"
+
+
 def _rank_name(linear: str, scenario: str) -> str:
     return f"{linear}.{scenario}.kernel"
 
@@ -134,8 +153,7 @@ def _rank_name(linear: str, scenario: str) -> str:
 def run_trial(trial: Trial, solver: SetSolver, goal: Goal) -> tuple[float, ...]:
     """Optuna's objective function."""
     evaluator = solver.evaluator
-    choice = sample(trial, solver)
-    inner = evaluator.solve(choice)
+    choice, inner = evaluator.solve_within_limits(sample(trial, solver))
     _record(trial, evaluator, choice, inner)
     latency: dict[str, float] = {}
     for step, scenario in enumerate(evaluator.problem.scenarios):

@@ -172,8 +172,8 @@ def allocation_of(trial: FrozenTrial, evaluator: Evaluator, goal: Goal) -> Alloc
     sum of its shares of latency is no more than this one's. Where that solution is better for the goal as launches too,
     it is taken instead of the trial's.
     """
-    problem, choice = evaluator.problem, choice_of(trial, evaluator)
-    inner = evaluator.solve(choice)
+    problem = evaluator.problem
+    choice, inner = evaluator.solve_within_limits(choice_of(trial, evaluator))
     latency, columns = evaluator.additive_us(choice)
     scale = np.array([evaluator.fastest_uniform_us[name] for name in problem.scenarios]) * len(problem.scenarios)
     relative = (latency / scale).sum(axis=2)

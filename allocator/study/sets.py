@@ -37,7 +37,7 @@ class SetSolver:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
-        self._solved: dict[tuple[float, ...], Sets] = {}
+        self._solved: dict[tuple[tuple[float, ...], tuple[tuple[str, float], ...]], Sets] = {}
 
     @cached_property
     def table(self) -> Additive:
@@ -85,6 +85,27 @@ class SetSolver:
             effort=SETS_EFFORT,
         ).assignment
 
+    def prices(self, caps_us: Mapping[str, float]) -> dict[str, float]:
+        """What latency weighs at the least loss within the bits and the caps on shares of latency, were all schemes
+        compiled; 0 in a scenario without a cap. InfeasibleError: nothing holds them.
+        """
+        evaluator, problem = self.evaluator, self.evaluator.problem
+        names = [name for name in problem.scenarios if name in caps_us]
+        columns = [problem.scenarios.index(name) for name in names]
+        units = [evaluator.fastest_uniform_us[name] * len(problem.scenarios) for name in names]
+        found = solve_arrays(
+            self.table.loss / evaluator.reference_loss,
+            problem.bits,
+            avg_bits=problem.bits_limit,
+            latency_us=self.table.relative_latency[:, :, columns],
+            max_latency_us=[caps_us[name] / unit for name, unit in zip(names, units, strict=True)],
+            sizes=problem.sizes,
+            scenarios=names,
+            effort=SETS_EFFORT,
+        )
+        priced = {name: float(np.max(found.prices[f"max_latency_us[{name}]"])) for name in names}
+        return dict.fromkeys(problem.scenarios, 0.0) | priced
+
     def compiled(self, assignment: Ints) -> Sets:
         """By linear, the schemes in use, most blocks first; less those that no kernel can hold beside them."""
         problem, menu = self.evaluator.problem, self.evaluator.menu
@@ -95,13 +116,15 @@ class SetSolver:
             compiled[kind.linear] = menu.compatible(kind, [problem.schemes[column] for column in order])
         return compiled
 
-    def solved(self, latency_weights: Mapping[str, float]) -> Sets:
-        """The sets for these weights; the leanest scheme alone where no few schemes hold the budget."""
-        problem = self.evaluator.problem
-        key = tuple(latency_weights[name] for name in problem.scenarios)
+    def solved(self, latency_weights: Mapping[str, float], caps_us: Mapping[str, float] | None = None) -> Sets:
+        """The sets for these weights and caps; the leanest scheme alone where no few schemes hold them."""
+        problem, caps = self.evaluator.problem, caps_us or {}
+        key = tuple(latency_weights[name] for name in problem.scenarios), tuple(sorted(caps.items()))
         if key not in self._solved:
             try:
-                found = self.compiled(self.assign(self.cost(latency_weights), problem.bits_limit))
+                priced = self.prices(caps) if caps else dict(latency_weights)
+                weights = {name: max(weight, priced[name]) for name, weight in latency_weights.items()}
+                found = self.compiled(self.assign(self.cost(weights), problem.bits_limit))
             except InfeasibleError:
                 found = {
                     kind.linear: (

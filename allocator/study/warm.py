@@ -19,19 +19,33 @@ from allocator.study.sets import Sets, SetSolver
 MOST_UNIFORM = 4
 LOSS_WEIGHTS = (0.9, 0.75, 0.5, 0.25)
 FRONT_POINTS = 4
+CAPS = (0.9, 0.75, 0.6)
 
 
 def choices(solver: SetSolver) -> dict[str, Choice]:
     """The first trials by name, without repetition of scheme sets at equal weights; kernels are left to be priced."""
-    found = breakpoints(solver) | uniforms(solver)
+    found = at_limits(solver) | breakpoints(solver) | uniforms(solver)
     seen: set[str] = set()
     kept = {}
     for name, choice in found.items():
-        text = repr((choice.compiled, choice.latency_weights, choice.own_kernels))
+        text = repr((choice.compiled, choice.latency_weights, choice.latency_caps_us, choice.own_kernels))
         if text not in seen:
             kept[name] = choice
         seen.add(text)
     return kept
+
+
+def at_limits(solver: SetSolver) -> dict[str, Choice]:
+    """Scheme sets of least loss where shares of latency may add up to more or less than the budget's limits."""
+    limits = solver.evaluator.problem.budget.max_latency_us
+    least = dict.fromkeys(solver.evaluator.problem.scenarios, LATENCY_WEIGHTS[0])
+    found = {}
+    for factor in CAPS if limits else ():
+        caps = {name: factor * limit for name, limit in limits.items()}
+        begun = _choice(solver, solver.solved(least, caps), LATENCY_WEIGHTS[0])
+        found[f"limits times {factor:g}"] = replace(begun, latency_caps_us=caps)
+        found[f"limits times {factor:g}, own kernels"] = replace(begun, latency_caps_us=caps, own_kernels=True)
+    return found
 
 
 def uniforms(solver: SetSolver) -> dict[str, Choice]:
