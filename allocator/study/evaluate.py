@@ -157,8 +157,8 @@ class Evaluator:
         )
 
     def _within(self, choice: Choice, cost: Floats, bits: Floats, latency: Floats) -> Solution | None:
-        """Least cost within bits and caps, else as near to the caps as the bits allow; None: the compiled schemes cannot
-        hold the bits.
+        """Least cost within bits and caps, else as near to the caps as the bits allow; None: the bits cannot be held by
+        the compiled schemes.
         """
         problem = self.problem
         capped = [i for i, name in enumerate(problem.scenarios) if name in choice.latency_caps_us]
