@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator import command
-from allocator.command import check_batch_size as check_batch_size
 from profiles.errors import SpecError
 from profiles.loads import write_trace
 

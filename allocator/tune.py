@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from allocator.allocation import Granularity
 from allocator.budget import Budget
 from allocator.calibrate import DEFAULT_SCHEMES
+from allocator.command import check_batch_size
 from allocator.extras import require_models
 from allocator.scenarios import parse_loads
-from allocator.trace import check_batch_size
 from allocator.tuning_plan import STUDY_TRIALS, Plan, Tuned
 from allocator.verify import Finalist
 from profiles import gpus, schemes
