@@ -162,6 +162,8 @@ def _hold_out(
             else:
                 asked = held_out[estimator.applies(X.iloc[held_out])] if hasattr(estimator, "applies") else held_out
                 predictions[name][asked] = estimator.predict(X.iloc[asked]) if len(asked) else np.empty(0)
+    # A baseline that applies to none of these rows has nothing to be judged by.
+    predictions = {name: each for name, each in predictions.items() if bool(np.isfinite(each).any())}
     metrics = {
         name: measure(y[tested], predicted[tested], launches[tested], len(np.unique(groups)),
                       interval[tested] if name == MODEL else None)
