@@ -83,7 +83,7 @@ class Choices:
                     latency_us=float(np.exp(belief.log_us[row])),
                     config=candidate.config.name,
                     source=_source(belief, row),
-                    is_built=bool(built[row]),
+                    is_built=bool(built[row] or belief.measured[row]),
                 )
             )
         return found
