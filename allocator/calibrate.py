@@ -46,7 +46,6 @@ def _run(arguments: argparse.Namespace) -> command.Outcome:
             damping=arguments.damping,
             activation_order=not arguments.no_activation_order,
         ),
-        apart=arguments.apart,
         max_rows=arguments.max_rows,
     )
     model = command.open_model(arguments, layers_kept=10_000 if measure.needs_ahead else 1)
@@ -119,13 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--damping", type=float, default=0.01, metavar="SHARE", help="GPTQ's (default: %(default)s)")
     parser.add_argument("--no-activation-order", action="store_true", help="GPTQ takes columns as they are")
-    parser.add_argument(
-        "--apart",
-        type=int,
-        default=0,
-        metavar="N",
-        help="one token of N is kept from the quantiser and losses are measured there; 0: none (default: %(default)s)",
-    )
     parser.add_argument(
         "--max-rows",
         type=int,

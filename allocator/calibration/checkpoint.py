@@ -67,7 +67,7 @@ class Checkpoint:
         if not index.is_file():
             if not single.is_file():
                 raise DataError(f"{self.folder}: neither {SINGLE} nor {INDEX}; a safetensors checkpoint is needed")
-            return dict.fromkeys(_names_in(single), single)
+            return dict.fromkeys(sorted(_names_in(single)), single)
         weight_map = _json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise DataError(f"{index}: no weight_map from tensors to files")

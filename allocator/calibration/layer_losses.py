@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 
 import torch
@@ -48,27 +48,20 @@ class LossOptions:
     Attributes:
         schemes: all that are asked for.
         quantizer: how weights become codes.
-        apart: one token of so many is kept from the quantiser, sequence by sequence, and changes are measured there: at
-            tokens that GPTQ learnt from, those of an expert with few would look far too small. 0: learn from all,
-            measure at all.
-        max_rows: tokens of an expert at which changes are measured, evenly spaced. None: all.
+        max_rows: tokens of an expert at which changes are measured, evenly spaced; all others still count in GPTQ's
+            moments. None: all, which measured KL always takes.
         memory_bytes: of temporaries; more experts than fit are taken in turns. None: much of what a GPU has free, and
             2 GiB on a CPU.
-
-    Measured KL takes all tokens, whatever `apart` and `max_rows` say.
     """
 
     schemes: tuple[QuantScheme, ...]
     quantizer: Quantizer = field(default_factory=Quantizer)
-    apart: int = 0
     max_rows: int | None = 2048
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_rows is not None and self.max_rows < 1:
             raise SpecError(f"max rows {self.max_rows}: at least 1 is needed")
-        if self.apart < 0 or self.apart == 1:
-            raise SpecError(f"one token of {self.apart} kept apart: 0 for none, or at least 2")
 
 
 def layer_losses(
@@ -82,28 +75,17 @@ def layer_losses(
     notes = LayerNotes()
     power = sum(float(batch.double().square().sum()) for batch in visit.outputs) / visit.num_tokens
     with torch.no_grad():
-        judged = kept_apart(visit, options.apart)
         for group in visit.groups():
             _note_tokens(group, notes)
-            learnt, judging = (group, group) if judged is None else (group.part(~judged), group.part(judged))
             for experts in turns(group, len(options.schemes), options.memory_bytes):
-                statistics = gather(learnt, experts)
+                statistics = gather(group, experts)
                 for linear in Linear:
                     for expert, scheme, change in _changes(
-                        visit, group, judging, experts, statistics, linear, options, power, ahead, notes
+                        visit, group, experts, statistics, linear, options, power, ahead, notes
                     ):
                         block = LinearId(layer=visit.layer.index, expert=expert, linear=linear)
                         losses[block, scheme] = {measure.name: measure.loss(change) for measure in measures}
     return losses, notes
-
-
-def kept_apart(visit: Visit, apart: int) -> Tensor | None:
-    """Tokens that the quantiser does not see, bool [T]; None for all seen. Whole sequences where there are many."""
-    if apart == 0:
-        return None
-    length = visit.outputs[0].shape[1]
-    run = max(1, min(length, visit.num_tokens // (4 * apart)))
-    return torch.arange(visit.num_tokens, device=visit.x.device) // run % apart == apart - 1
 
 
 def quantized_stacks(
@@ -131,7 +113,6 @@ def quantized_stacks(
 def _changes(
     visit: Visit,
     group: ExpertGroup,
-    judging: ExpertGroup,
     experts: range,
     statistics: Statistics,
     linear: Linear,
@@ -146,8 +127,9 @@ def _changes(
             (e + group.first_id + experts.start, linear.value, scheme.name) for e in result.damping_raised
         ]
     stacks = {scheme: result.stack(torch.float32) for scheme, result in quantized.items()}
+    most = None if ahead is not None else options.max_rows
     for slot, expert in enumerate(experts):
-        rows = _rows(group, judging, expert, options.max_rows) if ahead is None else group.rows(expert)
+        rows = group.rows(expert, most)
         exact = _Exact.of(group, expert, rows)
         for scheme, stack in stacks.items():
             change = Change(
@@ -160,14 +142,6 @@ def _changes(
                 ahead=ahead,
             )
             yield expert + group.first_id, scheme, change
-
-
-def _rows(group: ExpertGroup, judging: ExpertGroup, expert: int, most: int | None) -> Rows:
-    """Where to measure: at tokens kept apart, which stand for all of the expert's; where it has none, at all it has."""
-    if judging.count(expert) == 0:
-        return group.rows(expert, most)
-    rows = judging.rows(expert, most)
-    return replace(rows, multiplicity=rows.multiplicity * group.count(expert) / judging.count(expert))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -209,21 +183,17 @@ class _Exact:
         turned = inputs if stack.rotation is None else stack.rotation.apply(inputs)
         weights = self.rows.weights.unsqueeze(-1)
         noise = ((stack.inputs(inputs) - turned) * weights).square().sum(0) * self.rows.multiplicity
-        count = statistics.counts[slot]
-        if count == 0:
-            errors = self._errors_at_rows(linear, stack, slot)
-        else:  # the moments' tokens stand for all of the expert's
-            errors = quantized.row_errors[slot] * (self.group.count(self.expert) / count)
+        errors = quantized.row_errors[slot] if not self.rows.is_stand_in else self._stand_in_errors(linear, stack, slot)
         errors = errors.float() + stack.weights[slot].square() @ noise
         if linear is Linear.DOWN:
             return float(errors.sum())
         gains = torch.cat((statistics.gate_gain[slot], statistics.up_gain[slot]))
-        if count == 0:
+        if self.rows.is_stand_in:
             gains = torch.ones_like(gains)
         return float((errors * gains * self.down.square().sum(0).repeat(2)).sum())
 
-    def _errors_at_rows(self, linear: Linear, stack: LinearStack, slot: int) -> Tensor:
-        """Row errors of an expert without moments, from its rows."""
+    def _stand_in_errors(self, linear: Linear, stack: LinearStack, slot: int) -> Tensor:
+        """Row errors of an expert without moments, at its stand-ins."""
         base = self.group.experts.base[linear].weights[self.expert].float()
         rotated = base if stack.rotation is None else stack.rotation.apply(base)
         inputs = self.x if linear is Linear.GATE_UP else self.hidden

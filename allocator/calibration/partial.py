@@ -17,7 +17,7 @@ from profiles.atomic import remove_leftovers, replacing
 from profiles.errors import DataError
 from profiles.models import Linear, LinearId
 
-_VERSION = 2
+_VERSION = 1
 
 
 class Partial:
@@ -80,7 +80,6 @@ def fingerprint(model: StreamedModel, tokens: Tensor, measures: list[str], optio
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     digest.update(tokens.cpu().numpy().tobytes())
     names = [scheme.name for scheme in options.schemes]
-    how = [repr(options.quantizer), options.apart, options.max_rows]
-    settings = [_VERSION, names, measures, *how, seed, str(model.dtype)]
+    settings = [_VERSION, names, measures, repr(options.quantizer), options.max_rows, seed, str(model.dtype)]
     digest.update(json.dumps(settings).encode())
     return digest.hexdigest()[:12]

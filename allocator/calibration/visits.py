@@ -7,7 +7,7 @@ pass that writes every layer's input to temporary files, then the layers last to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -56,14 +56,6 @@ class ExpertGroup:
     def count(self, expert: int) -> int:
         """Tokens that are routed to an expert."""
         return self.starts[expert + 1] - self.starts[expert]
-
-    def part(self, keep: Tensor) -> ExpertGroup:
-        """The same experts with some of the tokens. keep: bool [T]."""
-        kept = keep[self.tokens]
-        before = [0, *torch.cumsum(kept, 0).tolist()]
-        return replace(
-            self, tokens=self.tokens[kept], weights=self.weights[kept], starts=[before[start] for start in self.starts]
-        )
 
     def rows(self, expert: int, most: int | None = None) -> Rows:
         """An expert's tokens, evenly thinned to `most`. An expert without any gets stand-ins: tokens of the layer,

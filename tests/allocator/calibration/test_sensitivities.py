@@ -26,7 +26,7 @@ from profiles.models import Linear, LinearId
 
 NAMES = ("w16a16", "w8a16_g-1_sym", "w4a16_g128_asym", "w2a16_g128_asym", "w8a8_g-1_sym", "w4a4_g-1_sym")
 SCHEMES = tuple(schemes.parse(name) for name in NAMES)
-OPTIONS = LossOptions(schemes=SCHEMES, apart=0)
+OPTIONS = LossOptions(schemes=SCHEMES)
 FEW = LossOptions(schemes=SCHEMES[3:5])
 
 
