@@ -33,6 +33,7 @@ from profiles.errors import DataError, UserError
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
+MIN_BATCH, MAX_SHARE = 16, 0.12
 GOAL = 0.01
 """The expected regret at which guided measuring stops."""
 
@@ -136,9 +137,16 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def replay(data: Recorded, name: str, *, batch: int = 16, max_share: float = 0.25, seed: int = 0) -> list[Point]:
-    """The curve of a strategy over one model: a point before each batch, until a share of all rows is measured."""
-    y, candidates, costs = data.latency_us, data.candidates, data.guide(batch).costs
+def replay(
+    data: Recorded, name: str, *, batch: int | None = None, max_share: float = MAX_SHARE, seed: int = 0
+) -> list[Point]:
+    """The curve of a strategy over one model: a point before each batch, until a share of all rows is measured.
+
+    `batch`: measurements between two decisions; None: 1% of all, but no fewer than MIN_BATCH.
+    """
+    batch = max(MIN_BATCH, len(data.latency_us) // 100) if batch is None else batch
+    guide = data.guide(batch)
+    y, candidates, costs = data.latency_us, data.candidates, guide.costs
     core = np.log(candidates.features["latency_us"].to_numpy(dtype=np.float64))
     best = y[best_rows(y, candidates.launches)]
     measured, built = np.zeros(len(y), dtype=np.bool_), np.zeros(len(y), dtype=np.bool_)
@@ -156,7 +164,7 @@ def replay(data: Recorded, name: str, *, batch: int = 16, max_share: float = 0.2
                 seconds=seconds,
                 regret_mean=float(regret.mean()),
                 regret_p99=float(np.quantile(regret, 0.99)),
-                expected_regret=data.guide(batch).expected_regret(belief) if belief else None,
+                expected_regret=guide.expected_regret(belief) if belief else None,
             )
         )
         new = np.unique(rows[~measured[rows]])
@@ -227,8 +235,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the curves: replay.json, .md and .png"
     )
-    parser.add_argument("--batch", type=int, default=16, help="measurements between two decisions (default 16)")
-    parser.add_argument("--max-share", type=float, default=0.25, help="of all rows, to measure at most (default 0.25)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help=f"measurements between two decisions (default 1%%, at least {MIN_BATCH})"
+    )
+    parser.add_argument(
+        "--max-share", type=float, default=MAX_SHARE, help=f"of all rows, to measure at most (default {MAX_SHARE})"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

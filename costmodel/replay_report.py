@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from costmodel.replay import Point
 
-SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
+SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
 """Shares of all measurements at which strategies are compared."""
 
 
