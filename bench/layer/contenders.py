@@ -119,6 +119,8 @@ def ours(allocation: Allocation, context: Context) -> Iterator[Entry]:
     """MoELayer; for a mix also a launch a scheme; for some allocations its parts, and each fusion left out."""
     cell, given, library = context.cell, context.given, context.library
     schemes = [per_expert(allocation, cell, linear) for linear in Linear]
+    if allocation.group is Group.MIXED and all(len(set(each)) == 1 for each in schemes):
+        return  # so few experts that not one can have more bits
     sets = context.sets_of(schemes, interleaved=True)
     configs = _tune(sets, context)
     bits = _avg_bits(schemes, cell)
