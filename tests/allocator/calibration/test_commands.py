@@ -16,6 +16,7 @@ from allocator import Budget, Sensitivity, allocate, calibrate, trace
 from allocator.calibration.data import read_sequences
 from allocator.calibration.model import StreamedModel
 from allocator.calibration.routing import layer_routing
+from allocator.calibration.spill import Spill
 from profiles.errors import DataError, SpecError
 from profiles.loads import read_trace
 from profiles.models import model_from_config
@@ -279,3 +280,42 @@ def test_without_torch_the_command_says_what_to_install() -> None:
     assert done.stderr == (
         "error: allocator.calibrate needs torch, transformers, not installed here: pip install 'bitile[models]'\n"
     )
+
+
+def test_an_interruption_and_a_full_gpu_are_said(
+    checkpoints: dict[str, Path],
+    ids: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = arguments(checkpoints["olmoe"], ids, tmp_path / "t.json")
+    for error, code, sentence in (
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            2,
+            "give fewer sequences at once with --batch-size",
+        ),
+    ):
+
+        def stop(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(StreamedModel, "layer", stop)
+        assert trace.main(given) == code
+        printed = capsys.readouterr().err
+        assert sentence in printed
+        assert len(printed.strip().splitlines()) == 1
+
+
+def test_what_is_spilled_comes_back(tmp_path: Path) -> None:
+    spill = Spill(tmp_path)
+    first = [torch.randn(2, 3, 4).to(torch.bfloat16), torch.randn(1, 3, 4).to(torch.bfloat16)]
+    spill.put(0, first)
+    spill.put(1, [torch.arange(6.0).view(2, 3).T])
+    assert all(torch.equal(a, b) for a, b in zip(spill.take(0), first, strict=True))
+    assert torch.equal(spill.take(1)[0], torch.arange(6.0).view(2, 3).T)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="layers' inputs cannot be kept there"):
+        Spill(tmp_path / "gone").put(0, first)

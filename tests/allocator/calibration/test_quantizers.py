@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from allocator.calibration.experts import LinearStack
-from allocator.calibration.gptq import factorise, gptq, row_objective
+from allocator.calibration.gptq import factorise, gptq, row_objective, shrunk
 from allocator.calibration.grid import nearest
 from allocator.calibration.hadamard import Rotation
 from allocator.calibration.quantizer import Method, Quantizer
 from kernel_gen.formats import dequantize, pack, quantize, unpack
 from profiles import schemes
 from profiles.errors import SpecError
+from profiles.schemes import QuantScheme
 
 SCHEMES = [
     "w8a16_g-1_sym",
@@ -214,3 +215,37 @@ def test_settings_are_checked_and_named() -> None:
         Quantizer(damping=-0.1)
     assert Quantizer(rotate=True).name == "gptq+clip+rotate"
     assert Quantizer(method=Method.RTN, clip=False).name == "rtn"
+
+
+def test_shrinkage_is_the_estimators_formula() -> None:
+    """Equation 23 of Chen et al. 2010, in float64; none where tokens are many, all where moments tell nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 30, K, generator=generator) * torch.logspace(-1, 0.5, K)
+    moment = x.mT @ x
+    h, n = moment[0].double().numpy(), 30
+    square, trace = (h @ h).trace(), h.trace()
+    share = ((1 - 2 / K) * square + trace**2) / ((n + 1 - 2 / K) * (square - trace**2 / K))
+    assert 0.1 < share < 1
+    expected = (1 - share) * h + share * trace / K * np.eye(K)
+    np.testing.assert_allclose(shrunk(moment, [n])[0].double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shrunk(moment, [10**9]), moment, rtol=1e-5, atol=1e-4)
+    identity = torch.eye(K).unsqueeze(0)
+    torch.testing.assert_close(shrunk(identity, [5]), identity)
+    assert torch.equal(shrunk(0 * moment, [n]), 0 * moment)
+
+
+@pytest.mark.parametrize("scheme", [schemes.parse("w3a16_g128_asym"), schemes.parse("w4a16_g128_asym")], ids=str)
+def test_few_tokens_do_not_mislead_gptq(scheme: QuantScheme, problem: tuple[Tensor, Tensor]) -> None:
+    """Learnt from half as many tokens as columns, judged by the moments of many others."""
+    weights, _ = problem
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(E, K, K, generator=generator) * torch.logspace(-1, 0.5, K)
+    few, many = (torch.randn(E, count, K, generator=generator) @ mixing for count in (K // 2, 8000))
+    losses = {}
+    for shrink in (False, True):
+        quantizer = Quantizer(clip=False, shrink=shrink)
+        result = quantizer.quantize(weights, scheme, few.mT @ few, [K // 2] * E)
+        losses[shrink] = float(row_objective(weights, result.weights, many.mT @ many).sum())
+    nearest_loss = float(row_objective(weights, quantize(weights, scheme), many.mT @ many).sum())
+    assert losses[True] < 0.9 * losses[False]
+    assert losses[True] < nearest_loss
