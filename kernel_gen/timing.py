@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 MIN_REPLAY_US = 400.0
 MAX_LAUNCHES_PER_GRAPH = 128
 CALM_RATIO, CALM_WAIT_S, CALM_STEP_S = 1.03, 0.06, 0.004
-"""A candidate waits, at most so long, until the reference GEMM takes no longer than this times what it takes on the calm
-GPU: the power cap lowers the clock for some milliseconds after a launch that needed much.
+"""A candidate waits, at most so long, until the reference GEMM takes no longer than this times what it takes on the
+calm GPU: the power cap lowers the clock for some milliseconds after a launch that needed much.
 """
 FLUSH_BYTES = 256 << 20
 """Written between launches that are timed one by one: more than any GPU's L2 holds."""

@@ -21,7 +21,7 @@ from profiles.errors import DataError, SpecError, UserError
 from profiles.models import Linear, model
 from profiles.schemes import QuantScheme
 
-RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in ("mma", "hopper", "mixed"))
+RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in ("hopper_v2", "mixed_v2"))
 OUT = Path("docs/peers")
 TOKENS = (1, 16, 128, 512, 2048, 8192)
 
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="FILE.parquet",
-        help="recorded launches (default: profiles/data/h200/{mma,hopper,mixed}.parquet)",
+        help="recorded launches (default: profiles/data/h200/{hopper_v2,mixed_v2}.parquet)",
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where the results go (default: {OUT})")
     parser.add_argument(
