@@ -35,11 +35,8 @@ class Recorded:
 
 
 def recorded(rows: pd.DataFrame, *, seed: int = 0) -> list[Recorded]:
-    """Every model of a profile's finished rows, with a base that was fitted on the others.
-
-    Raises:
-        DataError: no launch was measured with two configurations.
-    """
+    """Every model of a profile's finished rows (those `with_choice`), with a base that was fitted on the others."""
+    rows = with_choice(rows)
     names = group_labels(rows, HeldOut.MODEL)
     X, y = features.of_profile(rows), rows["latency_us"].to_numpy(dtype=np.float64)
     found = []
@@ -49,11 +46,20 @@ def recorded(rows: pd.DataFrame, *, seed: int = 0) -> list[Recorded]:
         if (~own).sum() >= MIN_ROWS:
             base = LatencyModel(num_folds=2, random_state=seed).fit(X[~own], y[~own])
         candidates = candidates_of(rows[own].reset_index(drop=True), X[own].reset_index(drop=True))
-        if len(np.unique(candidates.launches)) < len(candidates):
-            found.append(Recorded(name=str(name), candidates=candidates, latency_us=y[own], base=base))
-    if not found:
-        raise DataError("nothing to replay: no launch was measured with two configurations")
+        found.append(Recorded(name=str(name), candidates=candidates, latency_us=y[own], base=base))
     return found
+
+
+def with_choice(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of launches that were measured with two configurations at least: in others nothing is to be chosen.
+
+    Raises:
+        DataError: there is none.
+    """
+    counts = pd.Series(launch_ids(rows)).map(pd.Series(launch_ids(rows)).value_counts()).to_numpy()
+    if not (counts > 1).any():
+        raise DataError("nothing to replay: no launch was measured with two configurations")
+    return rows[counts > 1].reset_index(drop=True)
 
 
 def candidates_of(rows: pd.DataFrame, X: pd.DataFrame) -> Candidates:

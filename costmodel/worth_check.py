@@ -15,7 +15,7 @@ from costmodel.fit import MIN_ROWS
 from costmodel.groups import HeldOut, group_labels, launch_ids
 from costmodel.guide import Guide, best_rows
 from costmodel.model import LatencyModel
-from costmodel.recorded import candidates_of
+from costmodel.recorded import candidates_of, with_choice
 from costmodel.worth import core_picks, gain_over
 
 MIN_LAUNCHES = 6
@@ -42,6 +42,7 @@ def check(rows: pd.DataFrame, *, seed: int = 0) -> list[WorthCheck]:
     """Over a profile's finished rows; a model's questions are answered from the other models' rows. Gains over the
     analytic core's picks, and over the fitted model's; empty where there is only one model, or no question.
     """
+    rows = with_choice(rows)
     X, y = features.of_profile(rows), rows["latency_us"].to_numpy(dtype=np.float64)
     models = group_labels(rows, HeldOut.MODEL)
     used = rows["schemes"].map(lambda names: "+".join(sorted(set(names)))).to_numpy()
