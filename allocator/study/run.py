@@ -97,7 +97,7 @@ def run(
     """
     study = open_study(evaluator.problem, settings.goal, storage)
     solver = SetSolver(evaluator)
-    _enqueue(study, solver)
+    _enqueue(study, solver, settings.goal)
     while (done := num_done(study)) < settings.num_trials:
         running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         with warnings.catch_warnings():
@@ -129,12 +129,12 @@ def _sampler(study: optuna.Study, rng: np.random.Generator) -> optuna.samplers.B
     return optuna.samplers.PartialFixedSampler({k: v for k, v in params.items() if k not in free}, tpe)
 
 
-def _enqueue(study: optuna.Study, solver: SetSolver) -> None:
+def _enqueue(study: optuna.Study, solver: SetSolver, goal: Goal) -> None:
     """Queue the first trials that are not there, or that failed before they were finished."""
     names = study.user_attrs.get(WARM_STARTS)
     if names is not None and set(names) <= _started(study):
         return
-    choices = warm.choices(solver)
+    choices = warm.choices(solver, goal.loss_weight if goal.objective is Objective.PRODUCT else None)
     study.set_user_attr(WARM_STARTS, list(choices))
     for name, choice in choices.items():
         if name not in _started(study):  # asked each time: another worker may be queueing them too

@@ -19,12 +19,17 @@ from allocator.study.sets import Sets, SetSolver
 MOST_UNIFORM = 4
 LOSS_WEIGHTS = (0.9, 0.75, 0.5, 0.25)
 FRONT_POINTS = 4
+AROUND = (1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 0.7, 0.5)
 CAPS = (0.9, 0.75, 0.6)
 
 
-def choices(solver: SetSolver) -> dict[str, Choice]:
-    """The first trials by name, without repetition of scheme sets at equal weights; kernels are left to be priced."""
-    found = at_limits(solver) | breakpoints(solver) | uniforms(solver)
+def choices(solver: SetSolver, loss_weight: float | None = None) -> dict[str, Choice]:
+    """The first trials by name, without repetition of scheme sets at equal weights; kernels are left to be priced.
+
+    loss_weight: the goal's, where it is a product: prices of latency around the one of its own corner come first.
+    """
+    around = {} if loss_weight is None or not 0 < loss_weight < 1 else near_corner(solver, loss_weight)
+    found = at_limits(solver) | around | breakpoints(solver) | uniforms(solver)
     seen: set[str] = set()
     kept = {}
     for name, choice in found.items():
@@ -66,9 +71,43 @@ def uniforms(solver: SetSolver) -> dict[str, Choice]:
     return found
 
 
+def near_corner(solver: SetSolver, r: float) -> dict[str, Choice]:
+    """Scheme sets at the price of latency of the additive product's corner, and at multiples of it: shared kernels and
+    skewed loads move the launches' corner away from it.
+    """
+    price = _corner_price(solver, r)
+    found: dict[str, Choice] = {}
+    for factor in AROUND if price is not None else ():
+        assert price is not None
+        weight = _clipped(price * factor)
+        weights = dict.fromkeys(solver.evaluator.problem.scenarios, weight)
+        choice = _choice(solver, solver.solved(weights), weight)
+        found[f"price times {factor:g}, own kernels"] = replace(choice, own_kernels=True)
+    return found
+
+
+def _corner_price(solver: SetSolver, r: float) -> float | None:
+    """What latency weighs where loss^r * latency^(1-r) of the additive problem is least; None: no such corner."""
+    evaluator, problem, table = solver.evaluator, solver.evaluator.problem, solver.table
+    try:
+        corner = solve_product(
+            table.loss,
+            problem.bits,
+            latency_us=table.relative_latency.sum(axis=2),
+            loss_weight=r,
+            avg_bits=problem.bits_limit,
+            sizes=problem.sizes,
+            effort=INNER_EFFORT,
+        )
+    except InfeasibleError:
+        return None
+    loss = float(table.loss[np.arange(len(problem.ids)), corner.solution.assignment].sum())
+    return (1 - r) / r * loss / corner.latency_us / evaluator.reference_loss if loss > 0 else None
+
+
 def breakpoints(solver: SetSolver) -> dict[str, Choice]:
     """Scheme sets and multipliers of the additive problem's corners: products of loss and latency, and fewer bits."""
-    evaluator, problem, table = solver.evaluator, solver.evaluator.problem, solver.table
+    problem, table = solver.evaluator.problem, solver.table
     common: dict[str, Any] = {"sizes": problem.sizes, "effort": INNER_EFFORT}
     found: dict[str, Choice] = {}
     try:
@@ -78,18 +117,11 @@ def breakpoints(solver: SetSolver) -> dict[str, Choice]:
         return found
     if plain.loss > 0:
         for r in LOSS_WEIGHTS:
-            corner = solve_product(
-                table.loss,
-                problem.bits,
-                latency_us=table.relative_latency.sum(axis=2),
-                loss_weight=r,
-                avg_bits=problem.bits_limit,
-                **common,
-            )
-            loss = float(table.loss[np.arange(len(problem.ids)), corner.solution.assignment].sum())
-            weight = _clipped((1 - r) / r * loss / corner.latency_us / evaluator.reference_loss)
-            weights = dict.fromkeys(problem.scenarios, weight)
-            choice = _choice(solver, solver.solved(weights), weight)
+            price = _corner_price(solver, r)
+            if price is None:
+                continue
+            weight = _clipped(price)
+            choice = _choice(solver, solver.solved(dict.fromkeys(problem.scenarios, weight)), weight)
             found[f"product, r = {r:g}"] = choice
             found[f"product, r = {r:g}, own kernels"] = replace(choice, own_kernels=True)
     least = dict.fromkeys(problem.scenarios, LATENCY_WEIGHTS[0])
