@@ -148,26 +148,13 @@ def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAU
 def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> dict[str, Array]:
     """The columns of some launches."""
     terms = Terms(gpu, table, constants)
-    ctas = table.ctas_per_sm[:, None]
-    full = terms.tile_us(ctas)
-    order = np.argsort(-np.where(table.num_tiles > 0, full.total, -1.0), axis=1, kind="stable")
-    tiles = np.take_along_axis(table.num_tiles, order, axis=1)
-    slots = gpu.num_sms * table.ctas_per_sm
-    total_tiles = tiles.sum(axis=1)
-    rounds = np.floor(total_tiles / slots)
-    rest = total_tiles - rounds * slots
-    # A last, partial round shares each SM among fewer CTAs.
-    last = terms.tile_us(np.maximum(np.ceil(rest / gpu.num_sms), 1.0)[:, None])
-    weights_full, weights_last = _rounds_by_slot(tiles, slots, rounds, rest)
-
-    def makespan(name: str) -> Array:
-        by_slot = np.take_along_axis(getattr(full, name), order, axis=1) * weights_full
-        by_slot += np.take_along_axis(getattr(last, name), order, axis=1) * weights_last
-        return np.asarray(by_slot.sum(axis=1), dtype=np.float64)
-
+    parts = _makespans(terms, table.num_tiles, ("total", *_PARTS))
+    if bool((table.num_full_tiles != table.num_tiles).any()):
+        # Narrower last tiles take the tensor cores for less time; decoding, copies and barriers as long as others.
+        parts |= _makespans(terms, table.num_full_tiles, ("tensor",))
+    total_tiles = table.num_tiles.sum(axis=1)
     busy = total_tiles > 0
-    parts = {name: makespan(name) for name in ("tensor", "issue", "smem", "l2", "chain", "fetch", "epilogue")}
-    total, dram = makespan("total"), terms.dram_us()
+    total, dram = parts.pop("total"), terms.dram_us()
     fill = np.where(busy, terms.fill_us(), 0.0)
     flops, multiplied = terms.flops(), terms.multiplied_flops()
     return {
@@ -182,8 +169,33 @@ def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants)
         "flops": flops,
         "padding": np.where(busy, multiplied / np.maximum(flops, 1.0), 1.0),
         "num_tiles": total_tiles,
-        "waves": total_tiles / slots,
+        "waves": total_tiles / (gpu.num_sms * table.ctas_per_sm),
     }
+
+
+_PARTS = ("tensor", "issue", "smem", "l2", "chain", "fetch", "epilogue")
+
+
+def _makespans(terms: Terms, num_tiles: Array, names: Sequence[str]) -> dict[str, Array]:
+    """[R] of each of these: the sum over the tiles that CTA 0 takes, of [R, S] tiles."""
+    table, num_sms = terms.table, terms.gpu.num_sms
+    full = terms.tile_us(table.ctas_per_sm[:, None])
+    order = np.argsort(-np.where(num_tiles > 0, full.total, -1.0), axis=1, kind="stable")
+    tiles = np.take_along_axis(num_tiles, order, axis=1)
+    slots = num_sms * table.ctas_per_sm
+    total_tiles = tiles.sum(axis=1)
+    rounds = np.floor(total_tiles / slots)
+    rest = total_tiles - rounds * slots
+    # A last, partial round shares each SM among fewer CTAs.
+    last = terms.tile_us(np.maximum(np.ceil(rest / num_sms), 1.0)[:, None])
+    weights_full, weights_last = _rounds_by_slot(tiles, slots, rounds, rest)
+
+    def makespan(name: str) -> Array:
+        by_slot = np.take_along_axis(getattr(full, name), order, axis=1) * weights_full
+        by_slot += np.take_along_axis(getattr(last, name), order, axis=1) * weights_last
+        return np.asarray(by_slot.sum(axis=1), dtype=np.float64)
+
+    return {name: makespan(name) for name in names}
 
 
 def _rounds_by_slot(tiles: Array, slots: Array, rounds: Array, rest: Array) -> tuple[Array, Array]:

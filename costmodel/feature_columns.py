@@ -59,20 +59,28 @@ def _mixed_parts(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
     The core orders tiles by their whole time, and then one resource's part may fall when a slot that needs less of it
     gets more tiles; in its own order it cannot. For one scheme both are the same.
     """
+    found = _in_own_order(gpu, table, table.num_tiles, PARTS)
+    if bool((table.num_full_tiles != table.num_tiles).any()):
+        found |= _in_own_order(gpu, table, table.num_full_tiles, ("tensor_us",))
+    return found
+
+
+def _in_own_order(gpu: GpuSpec, table: LaunchTable, num_tiles: Array, names: Sequence[str]) -> dict[str, Array]:
+    """[R] of each of these parts, of [R, S] tiles."""
     rows, slots = table.used.shape
     resident = gpu.num_sms * table.ctas_per_sm
-    total = table.num_tiles.sum(axis=1)
+    total = num_tiles.sum(axis=1)
     rounds = np.floor(total / resident)
     rest = total - rounds * resident
     one_round = _each_slot(table, np.broadcast_to(resident[:, None], (rows, slots)))
     last_round = _each_slot(table, np.broadcast_to(np.maximum(rest, 1.0)[:, None], (rows, slots)))
     full, last = solve(gpu, one_round), solve(gpu, last_round)
     found = {}
-    for name in PARTS:
+    for name in names:
         cost = full[name].to_numpy().reshape(rows, slots)
-        order = np.argsort(-np.where(table.num_tiles > 0, cost, -1.0), axis=1, kind="stable")
-        ends = np.cumsum(np.take_along_axis(table.num_tiles, order, axis=1), axis=1)
-        begins = ends - np.take_along_axis(table.num_tiles, order, axis=1)
+        order = np.argsort(-np.where(num_tiles > 0, cost, -1.0), axis=1, kind="stable")
+        ends = np.cumsum(np.take_along_axis(num_tiles, order, axis=1), axis=1)
+        begins = ends - np.take_along_axis(num_tiles, order, axis=1)
 
         def first_of_rounds(edge: Array) -> Array:
             """Rounds whose first tile lies before this edge of the sorted list."""
@@ -94,7 +102,7 @@ def _each_slot(table: LaunchTable, num_tiles: Array) -> LaunchTable:
         values = getattr(table, field.name)
         columns[field.name] = values.reshape(-1, 1) if values.ndim == 2 else np.repeat(values, slots)
     # An unused slot has no costs; one k-tile of one MMA keeps its numbers finite, and its zero tiles keep them out.
-    columns["num_tiles"] = np.ascontiguousarray(num_tiles).reshape(rows * slots, 1)
+    columns["num_tiles"] = columns["num_full_tiles"] = np.ascontiguousarray(num_tiles).reshape(rows * slots, 1)
     return LaunchTable(**columns)
 
 

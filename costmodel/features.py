@@ -123,13 +123,14 @@ class Kernels:
         columns = {field.name: getattr(self._table, field.name)[use_of] for field in _TABLE_FIELDS}
         of_rows = splits[:, self._group_of_use[use_of], load_of]
         columns.update(zip(_SPLIT, of_rows, strict=True))
-        columns["num_tiles"] = columns["num_tiles"] * columns["num_feature_tiles"][:, None]
+        columns["num_tiles"] = columns["num_token_tiles"] * columns["num_feature_tiles"][:, None]
+        columns["num_full_tiles"] = columns["num_full_tiles"] * columns["num_feature_tiles"][:, None]
         columns["num_experts"] = num_experts
         return LaunchTable(**columns)
 
 
-_SPLIT = ("num_tokens", "num_active", "num_token_tiles", "num_tiles", "max_tokens")
-"""Columns of a launch that its load decides; `num_tiles` of one feature tile."""
+_SPLIT = ("num_tokens", "num_active", "num_token_tiles", "num_full_tiles", "max_tokens")
+"""Columns of a launch that its load decides; `num_full_tiles` of one feature tile."""
 _TABLE_FIELDS = dataclasses.fields(LaunchTable)
 
 

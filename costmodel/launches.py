@@ -62,7 +62,7 @@ class Launch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTable:
     """R launches in columns: [R], or [R, S] with S slots (distinct schemes of a launch); unused slots hold zeros and
-    `used` is false. `num_tiles` counts a tile of narrower tokens as the part of a full one that it is.
+    `used` is false. `num_full_tiles` counts a tile of fewer tokens as the part of a full one that it is.
     """
 
     n: Array
@@ -81,6 +81,7 @@ class LaunchTable:
     num_token_tiles: Array
     max_tokens: Array
     num_tiles: Array
+    num_full_tiles: Array
     num_k_tiles: Array
     mma_k: Array
     k_steps: Array
@@ -151,7 +152,8 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
         "num_active": split.num_active_experts,
         "num_token_tiles": split.num_token_tiles,
         "max_tokens": split.max_tokens,
-        "num_tiles": split.full_token_tiles * -(-shape.n // config.tile.m),
+        "num_tiles": split.num_token_tiles * -(-shape.n // config.tile.m),
+        "num_full_tiles": split.full_token_tiles * -(-shape.n // config.tile.m),
         "num_k_tiles": -(-shape.k // work.k_tile),
         "mma_k": MMA_K[scheme.math],
         "k_steps": work.k_steps,

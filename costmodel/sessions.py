@@ -30,9 +30,9 @@ MIN_SHARED = 30
 """Launches that a session must share with others before its clock is set by them: the median of so many is known to
 about a fifth of one measurement's noise.
 """
-SAME_KERNEL = 0.015
-"""Two sources give the same kernel if half of the launches they share differ by less. One H200, same kernels two hours
-apart (2026-11-24): 0.0067.
+SAME_KERNEL, MIN_COMPARED = 0.015, 10
+"""Two sources give the same kernels if half of at least so many launches that both ran differ by less. Same kernels two
+hours apart, H200, 2026-11-24: 0.0067.
 """
 _TIMES = ["latency_us", "p20_us", "p80_us"]
 
@@ -83,7 +83,8 @@ def usable(profile: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
-    """Without the rows of a family's earlier sources, unless these were as fast. `rows`: oldest first.
+    """Without the rows of a family that are older than its newest sources, unless these were as fast. `rows`: oldest
+    first.
 
     A fingerprint covers a kernel's sources and its configuration, so that sources are told apart by kernels that were
     measured from two of them, and compared by the launches that both ran. A change that changes no time, a comment
@@ -98,11 +99,12 @@ def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
     logs, ids = rows["latency_us"].astype(float).map(np.log), candidate_ids(rows)
     change = logs - logs[~replaced].groupby(ids[~replaced]).mean().reindex(ids).to_numpy()
     kept = pd.Series(data=True, index=rows.index)
+    several = rows.groupby(kernels)["kernel_fingerprint"].transform("nunique") > 1
     for each in family[replaced].unique():
-        old = replaced & (family == each)
-        shared = change[old].dropna().abs()
-        if len(shared) < MIN_SHARED or shared.median() > SAME_KERNEL:
-            kept &= (family != each) | (rows.index > rows.index[old].max())
+        shared = change[replaced & (family == each)].dropna().abs()
+        if len(shared) < MIN_COMPARED or shared.median() > SAME_KERNEL:
+            first_new = rows.index[several & ~replaced & (family == each)].min()
+            kept &= (family != each) | ((rows.index >= first_new) & ~replaced)
     return rows[kept].reset_index(drop=True)
 
 

@@ -162,7 +162,8 @@ class Terms:
         """Operations that the tensor cores are given, padding included, [R]."""
         t = self.table
         return np.asarray(
-            (t.num_tiles * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(axis=1), dtype=np.float64
+            (t.num_full_tiles * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(axis=1),
+            dtype=np.float64,
         )
 
     def roofline_us(self) -> Array:

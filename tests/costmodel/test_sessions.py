@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from costmodel.sessions import MIN_SHARED, candidate_ids, noise_floor, of_present_kernels, session_codes, usable
+from costmodel.sessions import (
+    MIN_COMPARED,
+    MIN_SHARED,
+    candidate_ids,
+    noise_floor,
+    of_present_kernels,
+    session_codes,
+    usable,
+)
 from profiles.errors import DataError
 from tests.costmodel.synthetic import NOISE, profile
 
@@ -76,8 +84,8 @@ def test_rows_of_slower_sources_are_dropped_and_equal_ones_kept(once: pd.DataFra
     assert set(kept["kernel_fingerprint"]) == {"changed"}
     same = of_present_kernels(_both(once, new))
     assert len(same) == len(once) + len(new)
-    few = of_present_kernels(_both(once, new.iloc[: MIN_SHARED - 1]))
-    assert len(few) == MIN_SHARED - 1, "too few to tell: what exists now counts"
+    few = of_present_kernels(_both(once, new.iloc[: MIN_COMPARED - 1]))
+    assert len(few) == MIN_COMPARED - 1, "too few to tell: what exists now counts"
 
 
 def test_another_familys_change_drops_nothing(once: pd.DataFrame, again: pd.DataFrame) -> None:
