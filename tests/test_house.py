@@ -26,6 +26,7 @@ MAY_LOAD_TORCH = (
     "kernel_gen.layer",
     "kernel_gen.moe",
     "allocator.calibration",
+    "allocator.export.weights",
 )
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
