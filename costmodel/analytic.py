@@ -57,6 +57,7 @@ class LatencyBreakdown:
     smem_us: float
     l2_us: float
     chain_us: float
+    warp_us: float
     fetch_us: float
     epilogue_us: float
     roofline_us: float
@@ -71,7 +72,7 @@ class LatencyBreakdown:
         """The largest part: "dram", or the resource that the makespan waits for most."""
         if self.dram_us >= self.makespan_us:
             return "dram"
-        names = ("tensor", "issue", "smem", "l2", "chain", "fetch")
+        names = ("tensor", "issue", "smem", "l2", "chain", "warp", "fetch")
         return max(names, key=lambda name: getattr(self, f"{name}_us"))
 
 
@@ -173,7 +174,7 @@ def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants)
     }
 
 
-_PARTS = ("tensor", "issue", "smem", "l2", "chain", "fetch", "epilogue")
+_PARTS = ("tensor", "issue", "smem", "l2", "chain", "warp", "fetch", "epilogue")
 
 
 def _makespans(terms: Terms, num_tiles: Array, names: Sequence[str]) -> dict[str, Array]:

@@ -17,7 +17,7 @@ class Kind(Enum):
     RAW = "raw"
 
 
-PARTS = ("tensor_us", "issue_us", "smem_us", "l2_us", "chain_us", "fetch_us", "epilogue_us")
+PARTS = ("tensor_us", "issue_us", "smem_us", "l2_us", "chain_us", "warp_us", "fetch_us", "epilogue_us")
 """What the makespan would be if that were the only resource."""
 CORE = ("latency_us", "launch_us", "fill_us", "dram_us", *PARTS)
 """What the calibrated core is made of."""

@@ -72,6 +72,11 @@ class AnalyticConstants:
     """Of a scheduler's one instruction a clock, what a mix with dependences and barriers reaches. A guess; 0.6 to 0.8
     is usual in profiles."""
 
+    dependent_issue_cycles: float = 3.0
+    """A warp's own instructions, one after another, however many warps share the scheduler: 4 clocks from an arithmetic
+    instruction to one that needs it (Jia et al., arXiv 1804.06826, and every architecture since), less for those that
+    need nothing. A guess between."""
+
     mma_latency_cycles: float = 33.0
     """Dependent m16n8k16 to m16n8k16: 32 to 35 clocks on A100, Ada and Hopper (arXiv 2402.13499)."""
 

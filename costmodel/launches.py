@@ -88,6 +88,7 @@ class LaunchTable:
     k_tile_mmas: Array
     k_tile_tensor_mmas: Array
     k_tile_instructions: Array
+    instructions_of_a_warp: Array
     k_tile_smem_bytes: Array
     k_tile_bytes: Array
     exposed_k_steps: Array
@@ -160,6 +161,7 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
         "k_tile_mmas": work.k_tile_mmas,
         "k_tile_tensor_mmas": work.k_tile_tensor_mmas,
         "k_tile_instructions": work.k_tile_instructions,
+        "instructions_of_a_warp": work.instructions_of_a_warp,
         "k_tile_smem_bytes": work.k_tile_smem_bytes,
         "k_tile_bytes": work.k_tile_bytes,
         "exposed_k_steps": work.exposed_k_steps,

@@ -27,6 +27,7 @@ class TileTime:
     smem: Array
     l2: Array
     chain: Array
+    warp: Array
     fetch: Array
     epilogue: Array
 
@@ -91,6 +92,7 @@ class Terms:
             "smem": ctas * t.k_tile_smem_bytes / SMEM_BYTES_PER_CLOCK * iterations,
             "l2": ctas * t.k_tile_bytes / self.l2_bytes_per_clock * iterations + np.where(is_mma, 0.0, output),
             "chain": self._chain_clocks(mma_clocks) * iterations,
+            "warp": t.instructions_of_a_warp * c.dependent_issue_cycles * iterations,
             "fetch": self._fetch_clocks() * iterations,
         }
         epilogue = (

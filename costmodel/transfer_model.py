@@ -37,13 +37,14 @@ CARD_SPREAD = {
     "smem_us": 0.05,
     "l2_us": 0.25,  # measured by others at another access pattern
     "chain_us": 0.10,
+    "warp_us": 0.05,
     "fetch_us": 0.20,  # loaded latency is a guess
     "epilogue_us": 0.15,
 }
 """Standard deviation of log of a part's time on a card that was never measured, its factor known."""
 _OF_CARD = ("dram_us", "tensor_us", "l2_us", "fetch_us")
 """Parts whose constants are of one card (`costmodel.constants`)."""
-_REGIMES = ("dram_us", "tensor_us", "issue_us", "smem_us", "l2_us", "chain_us", "fetch_us")
+_REGIMES = ("dram_us", "tensor_us", "issue_us", "smem_us", "l2_us", "chain_us", "warp_us", "fetch_us")
 _NORMAL_90 = 1.6448536269514722
 
 

@@ -70,7 +70,8 @@ class TileWork:
 
     MMAs are counted in m16n8s: those multiplied, and (`tensor`) as many as take the time, where narrow tiles waste
     some. `exposed_k_steps` are the k-steps of an iteration whose results a warp waits for, and
-    `serial_instructions_of_a_warp` what it does while its own MMAs stand still. `stores_in_turn` are the bulk stores,
+    `serial_instructions_of_a_warp` what it does while its own MMAs stand still; `instructions_of_a_warp` are all of one
+    that multiplies. `stores_in_turn` are the bulk stores,
     a token row each, that the lanes of one warp start one after another.
     """
 
@@ -82,6 +83,7 @@ class TileWork:
     k_tile_mmas: float
     k_tile_tensor_mmas: float
     k_tile_instructions: float
+    instructions_of_a_warp: float
     k_steps: int
     exposed_k_steps: int
     mmas_per_k_step_of_a_warp: float
@@ -108,6 +110,14 @@ def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     weight_bytes, token_bytes = _k_tile_bytes(config, scheme)
     mmas = (rows / 16) * (tokens / 8) * k_steps
     fragment_bytes = weight_bytes * warps.n + token_bytes * warps.m
+    instructions = (
+        mmas
+        + _decode_instructions(config, scheme, k_steps)
+        + _group_sum_instructions(config, scheme)
+        + fragment_bytes / _LDMATRIX_BYTES
+        + (weight_bytes + token_bytes) / WARP_COPY_BYTES * _COPY_INSTRUCTIONS
+        + warps.num_warps * _LOOP_INSTRUCTIONS
+    )
     return TileWork(
         math=scheme.math,
         k_tile=K_TILE[scheme.math],
@@ -116,14 +126,8 @@ def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         k_tile_smem_bytes=weight_bytes + token_bytes + fragment_bytes,
         k_tile_mmas=mmas,
         k_tile_tensor_mmas=mmas,
-        k_tile_instructions=(
-            mmas
-            + _decode_instructions(config, scheme, k_steps)
-            + _group_sum_instructions(config, scheme)
-            + fragment_bytes / _LDMATRIX_BYTES
-            + (weight_bytes + token_bytes) / WARP_COPY_BYTES * _COPY_INSTRUCTIONS
-            + warps.num_warps * _LOOP_INSTRUCTIONS
-        ),
+        k_tile_instructions=instructions,
+        instructions_of_a_warp=instructions / warps.num_warps,
         k_steps=k_steps,
         exposed_k_steps=k_steps,
         mmas_per_k_step_of_a_warp=(rows / 16 / warps.m) * (tokens / 8 / warps.n),
@@ -147,6 +151,13 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     wgmmas = rows / WGMMA_ROWS * k_steps
     decode, group_sums = _decode_instructions(config, scheme, k_steps), _group_sum_instructions(config, scheme)
     in_turn = group_sums > 0
+    instructions = (
+        wgmmas * WGMMA_WARPS
+        + decode
+        + group_sums
+        + weight_bytes / WARP_COPY_BYTES
+        + warps * ((1 if in_turn else k_steps) * _WGMMA_STEP_INSTRUCTIONS + _WGMMA_LOOP_INSTRUCTIONS)
+    )
     return TileWork(
         math=scheme.math,
         k_tile=K_TILE[scheme.math],
@@ -155,13 +166,8 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         k_tile_smem_bytes=2 * weight_bytes + token_bytes * (1 + rows / WGMMA_ROWS),
         k_tile_mmas=per_token_mma * tokens,
         k_tile_tensor_mmas=per_token_mma * wide,
-        k_tile_instructions=(
-            wgmmas * WGMMA_WARPS
-            + decode
-            + group_sums
-            + weight_bytes / WARP_COPY_BYTES
-            + warps * ((1 if in_turn else k_steps) * _WGMMA_STEP_INSTRUCTIONS + _WGMMA_LOOP_INSTRUCTIONS)
-        ),
+        k_tile_instructions=instructions,
+        instructions_of_a_warp=instructions / warps,
         k_steps=k_steps,
         exposed_k_steps=1 if in_turn else 0,
         mmas_per_k_step_of_a_warp=(rows / 16 / warps) * (wide / 8),
