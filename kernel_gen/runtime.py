@@ -118,6 +118,8 @@ class Kernel:
             raise SpecError(f"experts: expected weights on a CUDA device, got {experts.device}")
         if self.spec.swiglu and not experts.is_interleaved:
             raise SpecError("experts: expected gate and up interleaved, as Experts.interleaved gives them")
+        if experts.is_interleaved and not self.spec.swiglu:
+            raise SpecError("experts: expected rows in their order, got gate and up interleaved for a SwiGLU epilogue")
         if x.k != experts.k:
             raise SpecError(f"x: expected K = {experts.k} as the experts have, got {x.k}")
         if any(tensor.device != experts.device for tensor in x.tensors):

@@ -109,3 +109,5 @@ def test_plain_weights_are_refused_by_the_epilogue() -> None:
     x = torch.zeros(3, 64, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(SpecError, match="experts: expected gate and up interleaved"):
         kernel(x, experts, offsets_of((3,)))
+    with pytest.raises(SpecError, match="experts: expected rows in their order"):
+        kernel_of(WGMMA[0], ("w16a16",))(x, experts.interleaved(), offsets_of((3,)))
