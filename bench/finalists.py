@@ -1,7 +1,7 @@
 """Finalists of a known model's shapes, for a GPU to measure: `python -m bench.finalists --out DIR`.
 
-Losses are those of `bench.study`, latencies the analytic model's scaled by nothing: what `allocator.latency` then
-measures tells how far a predicted allocation is from a measured one. DIR gets finalists.json and trace.json.
+Losses are those of `bench.study`, latencies are predicted: what `allocator.latency` then measures tells how far a
+predicted allocation is from a measured one. DIR gets finalists.json and trace.json.
 """
 
 from __future__ import annotations

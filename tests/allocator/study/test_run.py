@@ -31,7 +31,7 @@ def study():
 
 def test_the_first_trials_are_uniform_schemes_and_breakpoints(study):
     names = [trial.user_attrs.get(WARM_START) for trial in study.trials]
-    first = list(warm.choices(SetSolver(an_evaluator())))
+    first = list(warm.choices(SetSolver(an_evaluator()), PRODUCT.loss_weight))
     assert names[: len(first)] == first
     assert any(name.startswith("uniform") for name in names if name)
     assert any(name.startswith("product") for name in names if name)
