@@ -289,6 +289,22 @@ def test_wgmma_decodes_and_multiplies_in_turn_where_groups_are_summed() -> None:
     assert grouped.k_tile_instructions > channel.k_tile_instructions
 
 
+def test_a_warps_own_instructions_do_not_depend_on_how_many_ctas_share_the_sm() -> None:
+    """Measured (H200, 2026-11-24): narrow tiles of many rows take rounds times a tile, however full the SM is."""
+    config = kernels.parse("wgmma_256x16_w4x1x1_s4_k1_at_o2")
+    work = tile_work(config, W4A16)
+    assert work.instructions_of_a_warp * 4 == work.k_tile_instructions
+    shape, load = GemmShape(m=0, n=256 * 132, k=2048), loads.uniform(1, 16, 1, 0)
+    facts = facts_of(config, W4A16, on=HOPPER)
+    one, two = (
+        launch_latency(HOPPER, GemmShape(m=0, n=n, k=2048), load, [W4A16], config, facts)
+        for n in (shape.n, 2 * shape.n)
+    )
+    assert two.waves == 2 * one.waves == 1.0
+    assert two.warp_us == one.warp_us
+    assert two.issue_us == pytest.approx(2 * one.issue_us)
+
+
 def test_wgmma_stores_a_row_at_a_time() -> None:
     """Each of a tile's token rows is one bulk store; the lanes of a warp take turns."""
     for config, in_turn in (
