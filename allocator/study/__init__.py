@@ -8,7 +8,10 @@ pricing     latency of a launch: the analytic model, scaled by the measurements 
 menu        what may be sampled: scheme sets and configurations that a kernel can be generated for, and nothing else
 evaluate    a choice -> the inner solver's assignment -> its loss and launch latencies
 objective   values, constraints, attributes and pruning of a trial
-warm        first trials: uniform schemes, Lagrangian breakpoints
+warm        first trials: uniform schemes, Lagrangian breakpoints, sets at the limits
+sets        scheme sets by the exact solver, every scheme at its own best kernel
 storage     a URL -> an Optuna storage
 run         the loop, and allocations from its results
+finalists   the best allocation of a study, for `allocator.tune`
+correction  the corrected loss of allocator.additivity
 """

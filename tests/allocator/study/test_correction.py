@@ -28,7 +28,7 @@ def test_a_trials_loss_is_the_corrected_one(report):
     corrected = read_correction(report, SENSITIVITY, MODEL)
     problem = problem_of(SENSITIVITY, MODEL, Budget(avg_weight_bits=4.25), EVIDENCE, corrected_loss=corrected)
     evaluator = run.evaluator_of(problem)
-    study = run.run(evaluator, run.Settings(goal=Goal(), num_trials=20))
+    study = run.run(evaluator, run.Settings(goal=Goal(), num_trials=40))
     best = run.best_trials(study)[0]
     inner = evaluator.solve(run.choice_of(best, evaluator))
     weights = np.array([BY_SCHEME[scheme.name] for scheme in problem.schemes])
