@@ -83,7 +83,7 @@ def usable(profile: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
-    """Without the rows of a family that are older than its newest sources, unless these were as fast. `rows`: oldest
+    """Without the rows of a family from sessions before its newest sources, unless these were as fast. `rows`: oldest
     first.
 
     A fingerprint covers a kernel's sources and its configuration, so that sources are told apart by kernels that were
@@ -93,18 +93,21 @@ def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
     if "kernel_fingerprint" not in rows:
         return rows
     family = rows["config"].str.partition("_")[0]
-    kernels = [rows["config"], rows["schemes"].map(lambda names: " ".join(dict.fromkeys(names)))]
-    newest = rows.groupby(kernels)["kernel_fingerprint"].transform("last")
-    replaced = newest != rows["kernel_fingerprint"]
+    kernel = rows.groupby([rows["config"], rows["schemes"].map(lambda names: " ".join(sorted(set(names))))]).ngroup()
+    sessions = pd.Series(session_codes(rows))
+    is_newest = sessions == sessions.groupby(kernel).transform("max")
+    # One session may have several builds of a kernel, for more experts say: none replaces the other.
+    builds = kernel.astype(str) + rows["kernel_fingerprint"]
+    replaced = ~builds.isin(builds[is_newest])
     logs, ids = rows["latency_us"].astype(float).map(np.log), candidate_ids(rows)
     change = logs - logs[~replaced].groupby(ids[~replaced]).mean().reindex(ids).to_numpy()
     kept = pd.Series(data=True, index=rows.index)
-    several = rows.groupby(kernels)["kernel_fingerprint"].transform("nunique") > 1
+    was_replaced = replaced.groupby(kernel).transform("any")
     for each in family[replaced].unique():
         shared = change[replaced & (family == each)].dropna().abs()
         if len(shared) < MIN_COMPARED or shared.median() > SAME_KERNEL:
-            first_new = rows.index[several & ~replaced & (family == each)].min()
-            kept &= (family != each) | ((rows.index >= first_new) & ~replaced)
+            first_new = sessions[was_replaced & ~replaced & (family == each)].min()
+            kept &= (family != each) | ((sessions >= first_new) & ~replaced)
     return rows[kept].reset_index(drop=True)
 
 

@@ -88,6 +88,19 @@ def test_rows_of_slower_sources_are_dropped_and_equal_ones_kept(once: pd.DataFra
     assert len(few) == MIN_COMPARED - 1, "too few to tell: what exists now counts"
 
 
+def test_all_of_the_session_with_the_new_sources_stays(once: pd.DataFrame, again: pd.DataFrame) -> None:
+    """Also what it measured first, of kernels that no session before had."""
+    new = again.assign(kernel_fingerprint="changed")
+    unheard_of = new.iloc[:20].assign(config="mma_128x8_w8x1x1_s5_k1_at_o1")
+    kept = of_present_kernels(_both(_slower(once, 1.2), unheard_of, new))
+    assert len(kept) == len(unheard_of) + len(new)
+
+
+def test_two_builds_of_one_session_replace_nothing(once: pd.DataFrame) -> None:
+    builds = once.assign(kernel_fingerprint=["for 64 experts", "for 256 experts"] * (len(once) // 2))
+    assert len(of_present_kernels(builds)) == len(builds)
+
+
 def test_another_familys_change_drops_nothing(once: pd.DataFrame, again: pd.DataFrame) -> None:
     def of_wgmma(rows: pd.DataFrame) -> pd.DataFrame:
         return rows.assign(config=rows["config"].str.replace("mma_", "wgmma_", regex=False))
