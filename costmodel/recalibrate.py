@@ -49,7 +49,8 @@ def text(found: Recalibration, out: Path) -> str:
     lines += [f"{'drift' if effect.is_drift else 'small change'}: {effect}" for effect in found.effects]
     if found.clock_ratio is not None:
         lines.append(f"SM clock seen, now over recorded: {found.clock_ratio:.3f}, median")
-    lines += [f"{name} was {was or 'the same'}, is {now}" for name, (was, now) in found.versions.items()]
+    for name, (was, now) in found.versions.items():
+        lines.append(f"{name} was {was}, is {now}" if was else f"{name}: {now}")
     lines.append(
         f"{out}: mean error on these launches {100 * found.error_after:.1f}%, before {100 * found.error_before:.1f}%;"
         f" intervals {found.widening:.2f} times as wide"
