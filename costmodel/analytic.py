@@ -138,12 +138,19 @@ def marginal_expert_cost(
 
 
 def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS) -> pd.DataFrame:
-    """`launch_latencies` over launches already in columns, in blocks that stay in the CPU's cache."""
+    """`launch_latencies` over launches already in columns."""
+    return pd.DataFrame(solve_columns(gpu, table, constants))
+
+
+def solve_columns(
+    gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS
+) -> dict[str, Array]:
+    """`BREAKDOWN_COLUMNS` as arrays [R], in blocks that stay in the CPU's cache."""
     starts = range(0, len(table), ROWS_AT_ONCE)
     blocks = [_solve_block(gpu, table.rows(start, start + ROWS_AT_ONCE), constants) for start in starts]
     if not blocks:
-        return pd.DataFrame({name: np.empty(0) for name in BREAKDOWN_COLUMNS})
-    return pd.DataFrame({name: np.concatenate([block[name] for block in blocks]) for name in BREAKDOWN_COLUMNS})
+        return {name: np.empty(0) for name in BREAKDOWN_COLUMNS}
+    return {name: np.concatenate([block[name] for block in blocks]) for name in BREAKDOWN_COLUMNS}
 
 
 def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> dict[str, Array]:

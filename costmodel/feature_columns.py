@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from costmodel.analytic import BREAKDOWN_COLUMNS, solve
+from costmodel.analytic import solve_columns
 from costmodel.columns import CORE, PARTS
 from costmodel.kernel_use import KernelUse
 from costmodel.launches import LaunchTable
@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float64]
 
 def token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
     """The columns that tokens decide."""
-    solved = dict(zip(BREAKDOWN_COLUMNS, solve(gpu, table).to_numpy().T, strict=True))
+    solved = solve_columns(gpu, table)
     columns = {name: solved[name] for name in (*CORE, "makespan_us", "roofline_us", "waves")}
     mixed = np.flatnonzero(table.used.sum(axis=1) > 1)
     if len(mixed):
@@ -74,10 +74,10 @@ def _in_own_order(gpu: GpuSpec, table: LaunchTable, num_tiles: Array, names: Seq
     rest = total - rounds * resident
     one_round = _each_slot(table, np.broadcast_to(resident[:, None], (rows, slots)))
     last_round = _each_slot(table, np.broadcast_to(np.maximum(rest, 1.0)[:, None], (rows, slots)))
-    full, last = solve(gpu, one_round), solve(gpu, last_round)
+    full, last = solve_columns(gpu, one_round), solve_columns(gpu, last_round)
     found = {}
     for name in names:
-        cost = full[name].to_numpy().reshape(rows, slots)
+        cost = full[name].reshape(rows, slots)
         order = np.argsort(-np.where(num_tiles > 0, cost, -1.0), axis=1, kind="stable")
         ends = np.cumsum(np.take_along_axis(num_tiles, order, axis=1), axis=1)
         begins = ends - np.take_along_axis(num_tiles, order, axis=1)
@@ -88,7 +88,7 @@ def _in_own_order(gpu: GpuSpec, table: LaunchTable, num_tiles: Array, names: Seq
 
         starts_last = (rounds * resident)[:, None]
         holds_last = (begins <= starts_last) & (starts_last < ends) & (rest > 0)[:, None]
-        of_last = np.take_along_axis(last[name].to_numpy().reshape(rows, slots), order, axis=1)
+        of_last = np.take_along_axis(last[name].reshape(rows, slots), order, axis=1)
         of_full = np.take_along_axis(cost, order, axis=1)
         found[name] = (of_full * (first_of_rounds(ends) - first_of_rounds(begins)) + of_last * holds_last).sum(axis=1)
     return found
