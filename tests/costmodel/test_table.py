@@ -166,7 +166,11 @@ def test_frame_is_a_copy(table: CostTable) -> None:
         ("gpu", "gtx1080", "gtx1080"),
         ("gpu", "h200", "of one gpu"),
         ("source", "dreamt", "dreamt"),
-        ("scenario", "uniform 256", "two rows for model qwen, linear gate_up, scheme w4a16_g128_sym, scenario uniform 256"),
+        (
+            "scenario",
+            "uniform 256",
+            "two rows for model qwen, linear gate_up, scheme w4a16_g128_sym, scenario uniform 256",
+        ),
     ],
 )
 def test_broken_rows_are_refused(table: CostTable, tmp_path: Path, column: str, value: object, says: str) -> None:
