@@ -30,7 +30,10 @@ class Prepared:
 def floats(value: ArrayLike, name: str) -> Floats:
     """float64 of anything numeric without NaN."""
     try:
-        array = np.asarray(value, dtype=np.float64)
+        given = np.asarray(value)
+        if given.dtype.kind in "SU":  # numpy would read "4" as 4
+            raise TypeError
+        array = given.astype(np.float64)
     except (TypeError, ValueError):
         raise SpecError(f"{name} must be an array of numbers") from None
     if np.isnan(array).any():

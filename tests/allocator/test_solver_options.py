@@ -211,6 +211,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"loss": np.where(np.arange(3) == 1, np.nan, LOSS)}, "loss has NaN at"),
     ({"loss": np.where(np.arange(3) == 1, -np.inf, LOSS)}, "-inf"),
     ({"loss": [["a", "b", "c"]]}, "loss must be an array of numbers"),
+    ({"avg_bits": "3"}, "avg_bits must be an array of numbers"),
     ({"loss": np.full((4, 3), 1e308)}, "loss is too large"),
     ({"loss": np.full((4, 3), np.inf)}, "no allowed scheme"),
     ({"weight_bits": [2.0, 4.0]}, "weight_bits"),
