@@ -80,7 +80,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     ticks = (1, 16, 128, 512, 2048, 8192)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(0, 1.08)
+    axis.set_ylim(0, 1.25)
     axis.grid(alpha=0.3)
 
 
