@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allocator import command
+from allocator.json_file import write_json
 from allocator.sensitivity import Sensitivity
 from profiles import schemes
 from profiles.errors import SpecError
@@ -55,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> command.Outcome:
         batch_size=arguments.batch_size,
         progress=command.progress_of(arguments),
     )
-    command.write_json(arguments.out, found.report())
+    write_json(arguments.out, found.report())
     picture.write(scatter.figure(found, f"{sensitivity.model}, {sensitivity.metric}"), plot)
     if arguments.corrected is not None:
         corrected(sensitivity, found, Blocks.of(sensitivity, model.shape)).write(arguments.corrected)

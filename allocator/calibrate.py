@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator import command
+from allocator.json_file import write_json
 from profiles import schemes
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> command.Outcome:
     )
     notes = [*sequences.notes, *describe(calibration.notes)]
     calibration.sensitivities[measure.name].write(out)
-    command.write_json(report_of(out), {"notes": notes, "layers": calibration.report()}, indent=1)
+    write_json(report_of(out), {"notes": notes, "layers": calibration.report()}, indent=1)
     partial.remove()
     return command.Outcome(summary=summary(calibration, notes), text=report(calibration, notes, out))
 

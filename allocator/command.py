@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.extras import require_models
-from profiles.atomic import replacing
-from profiles.errors import DataError, SpecError, UserError
+from profiles.errors import SpecError, UserError
 
 if TYPE_CHECKING:
     from allocator.calibration.data import Sequences
@@ -114,12 +113,3 @@ def open_data(arguments: argparse.Namespace, model: StreamedModel, file: Path) -
 def progress_of(arguments: argparse.Namespace) -> Callable[[str], None] | None:
     """Lines on stderr, unless --quiet."""
     return None if arguments.quiet else lambda line: print(line, file=sys.stderr, flush=True)
-
-
-def write_json(path: Path, content: dict[str, Any], *, indent: int | None = None) -> None:
-    """A file, whole or not at all. DataError when it cannot be written."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error

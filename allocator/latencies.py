@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from allocator.allocation import Allocation
-from profiles.atomic import replacing
+from allocator.json_file import JsonKind
 from profiles.errors import DataError
 
-KIND = "bitile launch latencies"
-SCHEMA_VERSION = 1
+FILE = JsonKind(
+    kind="bitile launch latencies", version=1, name="launch latencies", file_name="file of launch latencies"
+)
 
 
 def digest_of(allocation: Allocation) -> str:
@@ -90,28 +89,16 @@ class Latencies:
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
-        return {"kind": KIND, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        return FILE.mark(asdict(self))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Put it in the place of a JSON file, whole or not at all. DataError when it cannot be written."""
-        try:
-            with replacing(Path(path)) as temporary:
-                temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+        FILE.write(path, asdict(self))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Latencies:
         """From JSON. DataError: missing, truncated, foreign or of another version."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable file of launch latencies ({error})") from error
-        if not isinstance(content, dict) or (content.pop("kind", None), content.pop("schema_version", None)) != (
-            KIND,
-            SCHEMA_VERSION,
-        ):
-            raise DataError(f"{path}: not launch latencies of schema version {SCHEMA_VERSION}")
+        content = FILE.read(path)
         try:
             made = {
                 "layers": tuple(content["layers"]),

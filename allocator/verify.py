@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from allocator.allocation import Allocation
+from allocator.json_file import JsonKind
 from allocator.latencies import Latencies
-from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
 
 if TYPE_CHECKING:
@@ -22,8 +20,7 @@ if TYPE_CHECKING:
     from allocator.calibration.model import StreamedModel
     from allocator.calibration.quantizer import Quantizer
 
-KIND = "bitile verification"
-SCHEMA_VERSION = 2
+FILE = JsonKind(kind="bitile verification", version=2, name="a verification", file_name="verification")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,28 +120,16 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
-        return {"kind": KIND, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        return FILE.mark(asdict(self))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Put it in the place of a JSON file, whole or not at all. DataError when it cannot be written."""
-        try:
-            with replacing(Path(path)) as temporary:
-                temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+        FILE.write(path, asdict(self))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Verification:
         """From JSON. DataError: missing, truncated, foreign or of another version."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable verification ({error})") from error
-        if not isinstance(content, dict) or (content.pop("kind", None), content.pop("schema_version", None)) != (
-            KIND,
-            SCHEMA_VERSION,
-        ):
-            raise DataError(f"{path}: not a verification of schema version {SCHEMA_VERSION}")
+        content = FILE.read(path)
         try:
             return cls(**(content | {"finalists": tuple(Finalist(**row) for row in content["finalists"])}))
         except (KeyError, TypeError) as error:

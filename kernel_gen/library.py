@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
 
 import torch
 
-from kernel_gen.bundle import Bundle
+from kernel_gen.bundle import Bundle, write_bundle
 from kernel_gen.experts import Experts
 from kernel_gen.kernels import KernelSpec, StepSpec
 from kernel_gen.runtime import Kernel
@@ -33,6 +35,17 @@ class KernelLibrary:
         self.gpu, self.bundle = gpu, bundle
         self._loaded: dict[KernelSpec, Kernel] = {}
         self._steps: dict[StepSpec, Callable[..., None]] = {}
+
+    @classmethod
+    def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path) -> Self:
+        """A library of these kernels: what the cache lacks is compiled, in parallel; all are linked into a bundle in
+        `folder`.
+        """
+        from kernel_gen.build import compile_and_gate  # it needs what only the `compile` extra installs
+        from kernel_gen.cache import KernelCache, default_cache_dir
+
+        gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()))
+        return cls(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
 
     def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
         """The kernel that the latency model ranks first for these experts and so many rows of X."""

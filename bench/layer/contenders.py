@@ -63,7 +63,7 @@ class Context:
     cell: Cell
     given: Given
     weights: LayerWeights
-    library: TunedLibrary
+    kernels: TunedLibrary
     l2_bytes: int
     num_configs: int
     time_launches: TimeLaunches
@@ -117,7 +117,7 @@ def launches_of(
 
 def ours(allocation: Allocation, context: Context) -> Iterator[Entry]:
     """MoELayer; for a mix also a launch a scheme; for some allocations its parts, and each fusion left out."""
-    cell, given, library = context.cell, context.given, context.library
+    cell, given, library = context.cell, context.given, context.kernels
     schemes = [per_expert(allocation, cell, linear) for linear in Linear]
     if allocation.group is Group.MIXED and all(len(set(each)) == 1 for each in schemes):
         return  # so few experts that not one can have more bits
@@ -171,7 +171,7 @@ MANY_TOKENS = 32
 
 def others(context: Context) -> Iterator[Callable[[], Entry]]:
     """bf16 layers around torch's and Triton's grouped GEMMs. Each is made when it is called."""
-    cell, given, library = context.cell, context.given, context.library
+    cell, given, library = context.cell, context.given, context.kernels
     schemes = [per_expert(BF16, cell, linear) for linear in Linear]
     experts = context.one_of(schemes, interleaved=False)
     dense = [context.weights.dense(linear, BF16.middle) for linear in Linear]
@@ -229,16 +229,16 @@ def _avg_bits(schemes: Sequence[Sequence[QuantScheme]], cell: Cell) -> float:
 
 def _tune(sets: Sets, context: Context) -> str:
     """Both linears of MoELayer."""
-    layer = OneLaunch(*sets[0], context.library, overlap=False)
+    layer = OneLaunch(*sets[0], context.kernels, overlap=False)
     names = []
 
     def tune(linear: Linear, index: int, x: Activations, offsets: Tensor, out: Tensor) -> None:
         schemes = sets[0][index].scheme_of_expert
         configs = configs_of(
-            schemes, context.cell, linear, context.given.counts, context.library.gpu, context.num_configs
+            schemes, context.cell, linear, context.given.counts, context.kernels.gpu, context.num_configs
         )
         of_linear = [pair[index] for pair in sets]
-        names.append(context.library.tune(of_linear, x.num_tokens, configs, x, offsets, out, context.time_launches))
+        names.append(context.kernels.tune(of_linear, x.num_tokens, configs, x, offsets, out, context.time_launches))
 
     routing, x = layer.dispatch(context.given.hidden, context.given.ids)
     gate_up = _rows(context, layer.gate_up.n // 2)
@@ -260,11 +260,11 @@ def _tune_shares(split: Sequence[LaunchPerScheme], context: Context) -> str:
         for index, share in enumerate(first.shares[name]):
             counts = [context.given.counts[expert] for expert in share.members[0]]
             configs = configs_of(
-                share.scheme_of_expert, context.cell, linear, counts, context.library.gpu, context.num_configs
+                share.scheme_of_expert, context.cell, linear, counts, context.kernels.gpu, context.num_configs
             )
             shares = [layer.shares[name][index] for layer in split]
             names.append(
-                context.library.tune(shares, context.num_rows, configs, x, routing.offsets, out, context.time_launches)
+                context.kernels.tune(shares, context.num_rows, configs, x, routing.offsets, out, context.time_launches)
             )
     return ", ".join(names)
 

@@ -39,7 +39,7 @@ def open_device(specs: Sequence[KernelSpec], folder: Path) -> Device:
     return Device(
         gpu=gpu,
         clock=GpuClock(),
-        library=library,
+        kernels=library,
         l2_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
         versions=versions,
         failures=failures,

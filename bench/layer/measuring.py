@@ -43,7 +43,7 @@ class Device:
 
     gpu: GpuSpec
     clock: GpuClock
-    library: TunedLibrary
+    kernels: TunedLibrary
     l2_bytes: int
     versions: Mapping[str, str]
     failures: tuple[type[Exception], ...]
@@ -111,7 +111,7 @@ def measure_cell(
         cell=cell,
         given=cell.given("cuda"),
         weights=weights,
-        library=device.library,
+        kernels=device.kernels,
         l2_bytes=device.l2_bytes,
         num_configs=num_configs,
         time_launches=device.clock.time_launches,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from costmodel.analytic import launch_latencies
 from costmodel.launches import Launch
-from kernel_gen.build import compile_and_gate
-from kernel_gen.bundle import Bundle, write_bundle
-from kernel_gen.cache import KernelCache, default_cache_dir
+from kernel_gen.bundle import Bundle
 from kernel_gen.experts import Experts
 from kernel_gen.kernels import KernelSpec, StepSpec
 from kernel_gen.legality import estimated_facts
@@ -78,12 +75,6 @@ class TunedLibrary(KernelLibrary):
         super().__init__(gpu, bundle)
         self._compiling = KernelLibrary(gpu)
         self._chosen: dict[tuple[tuple[QuantScheme, ...], int, int, int], Kernel] = {}
-
-    @classmethod
-    def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path) -> TunedLibrary:
-        """Compile what the cache lacks, in parallel, and link it into a bundle in `folder`."""
-        gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()))
-        return cls(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
 
     def step(self, spec: StepSpec) -> Callable[..., None]:
         """Compiled in process."""

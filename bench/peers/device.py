@@ -9,9 +9,6 @@ import torch
 
 from bench.peers.measuring import Device
 from bench.peers.roofline import H200
-from kernel_gen.build import compile_and_gate
-from kernel_gen.bundle import write_bundle
-from kernel_gen.cache import KernelCache, default_cache_dir
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.library import KernelLibrary, library_of
 from kernel_gen.timing import GpuClock
@@ -31,8 +28,7 @@ def check_gpu() -> GpuSpec:
 
 def open_device(gpu: GpuSpec, specs: Sequence[KernelSpec], folder: Path) -> Device:
     """Torch's device, with these kernels linked into a bundle in `folder`."""
-    gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()))
-    library = KernelLibrary(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
+    library = KernelLibrary.build(specs, gpu, folder)
     index = torch.cuda.current_device()
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     failures: tuple[type[Exception], ...] = (RuntimeError, UserError)
