@@ -96,12 +96,13 @@ def load_in_process(spec: KernelSpec | StepSpec) -> Callable[..., None]:
 
 def _compile(spec: KernelSpec | StepSpec, options: str) -> Any:
     import cutlass.cute as cute
+    from cutlass._mlir.ir import MLIRError
     from cutlass.base_dsl.common import DSLBaseError
 
     kernel, fake_arguments = entry(spec)
     try:
         return cute.compile(kernel, *fake_arguments, options=f"--enable-tvm-ffi --gpu-arch {spec.arch} {options}")
-    except DSLBaseError as error:
+    except (DSLBaseError, MLIRError) as error:
         raise CompileError(f"{spec.label}: {_plain(str(error))}") from error
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from costmodel.facts import BuildFacts
 from costmodel.occupancy import SMEM_RESERVED_PER_CTA_BYTES, occupancy
 from kernel_gen import legality
 from kernel_gen.kernels import KernelSpec
+from kernel_gen.layouts import layout_of
 from kernel_gen.smem import smem_bytes
+from kernel_gen.smem_wgmma import multiplies_in_warps
 from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec, Math
 from profiles.kernels import Family
@@ -120,16 +124,24 @@ def rejections(code: CodeFacts, spec: KernelSpec, gpu: GpuSpec) -> tuple[str, ..
 def _missing_instructions(code: CodeFacts, spec: KernelSpec) -> list[str]:
     found = ", ".join(code.mma_instructions) or "no tensor-core instruction"
     missing = []
-    for math in dict.fromkeys(scheme.math for scheme in spec.schemes):
-        meant = MEANT_INSTRUCTION.get((spec.config.family, math))
+    for family, math in dict.fromkeys(_instruction_families(spec)):
+        meant = MEANT_INSTRUCTION.get((family, math))
         if meant is None:
-            missing.append(f"the {spec.config.family.value} family has no {math.value} instruction")
+            missing.append(f"the {family.value} family has no {math.value} instruction")
         elif not any(meant.match(opcode) for opcode in code.mma_instructions):
             name = meant.pattern.replace("\\.", ".").replace("\\d+", "*")
             missing.append(
                 f"{math.value} is emulated on {spec.arch}: {name} is not in the machine code, which has {found}"
             )
     return missing
+
+
+def _instruction_families(spec: KernelSpec) -> Iterator[tuple[Family, Math]]:
+    """Whose instruction each width of each slot's tile is multiplied with: wgmma's narrowest take mma.sync."""
+    config = spec.config
+    for scheme, width in itertools.product(spec.schemes, config.token_widths):
+        in_warps = config.family is Family.WGMMA and multiplies_in_warps(layout_of(scheme), width)
+        yield (Family.MMA if in_warps else config.family), scheme.math
 
 
 def _ptxas_warnings(log: str) -> tuple[str, ...]:

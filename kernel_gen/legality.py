@@ -31,10 +31,10 @@ ARCHITECTURES = {Family.MMA: ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"), Fa
 """Targets that each family is generated for; on sm_90a `mma` is right but slow, `wgmma` is meant for it."""
 WARPS_PER_WARPGROUP = 4
 MAX_CONSUMER_WARPGROUPS = 3
-WGMMA_TILE_N = range(16, 257, 16)
-"""Widths of a wgmma whose sums stmatrix can transpose in pairs of 8 tokens."""
+WGMMA_TILE_N = (8, *range(16, 257, 16))
+"""Token widths: 8, or pairs of 8 for stmatrix to transpose."""
 MAX_CLUSTER = 2
-TAIL_STEP = 16
+TAILS = (8, *range(16, 129, 16))
 MAX_WIDTHS = 3
 """Each width of a token tile is a k loop of its own in every slot."""
 _FP8_MMA_SINCE = (8, 9)
@@ -203,11 +203,11 @@ def _wgmma_structure_reasons(config: KernelConfig) -> Iterator[str]:
         needed = UNIT_ROWS * warpgroups
         yield f"tile.m {tile.m} does not split over {warpgroups} warpgroups: multiples of {needed} do"
     if tile.n not in WGMMA_TILE_N:
-        yield f"tile.n {tile.n}: the wgmma family takes multiples of 16 from 16 to 256"
+        yield f"tile.n {tile.n}: the wgmma family takes 8 or multiples of 16 up to 256"
     if config.cluster > MAX_CLUSTER:
         yield f"cluster of {config.cluster}: at most {MAX_CLUSTER} CTAs share loads"
-    if config.tail and (config.tail % TAIL_STEP or config.tail == tile.n or config.tail not in config.token_widths):
-        yield f"tail {config.tail}: a multiple of {TAIL_STEP} that is a half, a quarter, ... of tile.n {tile.n}"
+    if config.tail and (config.tail not in TAILS or config.tail == tile.n or config.tail not in config.token_widths):
+        yield f"tail {config.tail}: 8, or a multiple of 16, that is a half, a quarter, ... of tile.n {tile.n}"
     elif (widths := len(config.token_widths)) > MAX_WIDTHS:
         yield f"tail {config.tail}: {widths} widths of a tile of {tile.n}, at most {MAX_WIDTHS}"
 

@@ -35,6 +35,11 @@ pairs of weights a thread and unit, and tile_n / 2 sums. At 32 both are close, a
 CTAs an SM do not have.
 """
 
+WARPS_UP_TO_TOKENS = 8
+"""Tile widths of bf16 math that mma.sync multiplies: a wgmma with weights in registers takes no less time for 8 tokens
+than for 32.
+"""
+
 
 class SumOf(Enum):
     """What the tensor cores add up in the wgmma family."""
@@ -49,8 +54,15 @@ def sum_of(layout: Layout, tile_n: int) -> SumOf:
     """How a scheme is multiplied in tiles of tile_n tokens."""
     if not layout.has_group_scales:
         return SumOf.WEIGHTS
-    few = layout.weight_bits <= 4 and tile_n <= GROUPS_UP_TO_TOKENS
-    return SumOf.GROUPS if few or layout.math is not Math.BF16 else SumOf.WEIGHTS
+    if layout.math is not Math.BF16 or multiplies_in_warps(layout, tile_n):
+        return SumOf.GROUPS
+    in_pairs = layout.weight_bits <= 4 and layout.k_tiles_per_group % 2 == 0
+    return SumOf.GROUPS if in_pairs and tile_n <= GROUPS_UP_TO_TOKENS else SumOf.WEIGHTS
+
+
+def multiplies_in_warps(layout: Layout, tile_n: int) -> bool:
+    """Whether tiles of tile_n tokens are multiplied with mma.sync, a warp's own, instead of wgmma."""
+    return layout.math is Math.BF16 and tile_n <= WARPS_UP_TO_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

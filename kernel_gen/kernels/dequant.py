@@ -8,7 +8,7 @@ the low seven bits in a = 128 + u mod 128 and the top one in b = 256 or 128. So 
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from kernel_gen.kernels import ptx
 from profiles.gpus import Math
@@ -92,6 +92,12 @@ class Bf16Weights:
             return low
         return ptx.and_or(_shift(words[2, m], r + 4 * ks - 2), 0x00040004, low)
 
+    def signed_bytes(self, words, m, ks, r, consts):
+        """bf16 pair u - 128 for register r of k-step ks (8 bits)."""
+        pair = ptx.bytes_with(words[2 * ks + (r >> 1), m], r & 1, consts[6])
+        low = pair & Int32(-0x00800081)
+        return ptx.fma_bf16x2(ptx.and_xor(pair, 0xFF80FF80, consts[5]), consts[3], low)
+
     def decode(self, words, m, ks, scales, biases, consts):
         """The four A registers of k-step ks. scales, biases: [2, m_blocks] for rows g and g + 8, as pairs; scales of
         schemes with groups only.
@@ -102,9 +108,7 @@ class Bf16Weights:
         for r in range(4):
             bias = biases[r & 1, m]
             if self.num_bits == 8:
-                pair = ptx.bytes_with(words[2 * ks + (r >> 1), m], r & 1, consts[6])
-                low = pair & Int32(-0x00800081)
-                pair = ptx.fma_bf16x2(ptx.and_xor(pair, 0xFF80FF80, consts[5]), consts[3], low)
+                pair = self.signed_bytes(words, m, ks, r, consts)
                 if self.zero_points:
                     pair = ptx.fma_bf16x2(pair, consts[1], bias)
             else:
@@ -113,6 +117,62 @@ class Bf16Weights:
                 pair = ptx.fma_bf16x2(pair, scales[r & 1, m], consts[2])
             out.append(pair)
         return out
+
+
+class Bf16Codes(Bf16Weights):
+    """Weights for BF16 math as codes: a fragment's values are above + unit x u, with `above` 128 for up to 4 bits. Of 2
+    and 3 bits the codes of rows g + 8 lie two bits higher than those of rows g, which saves shifts: their unit is 4.
+    8 bits are u - 128, 16 are weights.
+    """
+
+    def __init__(self, num_bits: int, zero_points: bool, unit_bytes: int) -> None:
+        super().__init__(num_bits, False, False, unit_bytes)
+        self.tile_words = 16 if num_bits == 16 else self.words
+        self.has_zeros = zero_points
+        self.has_offsets = num_bits <= 4 or zero_points
+        self.units = (1, 4 if num_bits <= 3 else 1)
+
+    @cute.jit
+    def load_tile(self, words, m: cutlass.Constexpr, base, block, lane):
+        """Words of a whole k-tile of one m16 block."""
+        if const_expr(self.num_bits < 16):
+            self.load(words, m, base, block, lane, 0)
+        else:
+            for ks in cutlass.range_constexpr(4):
+                got = ptx.lds128(base + (block // 4) * self.unit_bytes + (block % 4) * 2048 + ks * 512 + lane * 16)
+                for j in cutlass.range_constexpr(4):
+                    words[4 * ks + j, m] = got[j]
+
+    def fragment(self, words, m, ks, consts):
+        """The four A registers of k-step ks."""
+        if self.num_bits == 16:
+            return [words[4 * ks + r, m] for r in range(4)]
+        if self.num_bits >= 4:
+            whole = self.signed_bytes if self.num_bits == 8 else self.codes
+            return [whole(words, m, ks, r, consts) for r in range(4)]
+        out = []
+        for upper in range(2):
+            both = _shift(words[ks >> 1, m], 4 * (upper + 2 * (ks & 1)))
+            for half, mask in enumerate((0x00030003, 0x000C000C)):
+                pair = ptx.and_or(both, mask, consts[0])
+                if self.num_bits == 3:
+                    bit = 2 * upper + half + 4 * ks
+                    pair = ptx.and_or(_shift(words[2, m], bit - 2 - 2 * half), 0x00040004 << 2 * half, pair)
+                out.append(pair)
+        return out
+
+    def factors(self, scale, zero, half):
+        """(scale, offset), float32 or None, so that (sum - offset x sum of tokens) x scale is what (u - z) x scale
+        would have summed to; of rows g (half 0) or g + 8.
+        """
+        unit = self.units[half]
+        if unit != 1:
+            scale = Float32(1 / unit) if scale is None else scale * Float32(1 / unit)
+        if not self.has_offsets:
+            return scale, None
+        if zero is None:
+            return scale, Float32(128 + unit * 2 ** (self.num_bits - 1))
+        return scale, Float32(-128 if self.num_bits == 8 else 128) + zero * Float32(unit)
 
 
 class NarrowWeights:

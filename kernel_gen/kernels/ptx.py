@@ -105,11 +105,14 @@ def bulk_load(smem, gmem, num_bytes, barrier):
     )
 
 
-def stmatrix_x4_trans(smem, a, b, c, d):
-    """sm_90: four 8x8 matrices of 16-bit elements, transposed, to the 16-byte rows that the lanes address."""
+def stmatrix_trans(smem, matrices):
+    """sm_90: one, two or four 8x8 matrices of 16-bit elements, transposed, to the 16-byte rows that the first 8, 16 or
+    32 lanes address.
+    """
+    values = ",".join(f"{{$r{i + 1}}}" for i in range(len(matrices)))
     _ptx(
-        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1},{$r2},{$r3},{$r4}};",
-        read_only_args=[smem, a, b, c, d],
+        f"stmatrix.sync.aligned.m8n8.x{len(matrices)}.trans.shared.b16 [{{$r0}}], {{{values}}};",
+        read_only_args=[smem, *matrices],
     )
 
 

@@ -8,7 +8,7 @@ from cutlass import Float32, Int64, const_expr
 
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.epilogue import Epilogue
-from kernel_gen.kernels.steps.ptx import silu, stmatrix_x2_trans
+from kernel_gen.kernels.steps.ptx import silu
 from kernel_gen.kernels.wgmma_epilogue import WgmmaEpilogue
 
 
@@ -63,9 +63,9 @@ class WgmmaSwigluEpilogue(WgmmaEpilogue):
         return (lane & 15) * self.row_bytes + warp * 16
 
     def put(self, acc, m, pair, row_scales, column_scales, at_unit):
-        """Products of a unit for 16 tokens to a buffer."""
+        """Products of a unit for 16 tokens, or the only 8, to a buffer."""
         packed = []
-        for j in range(2):
-            gate, up = (self.pair_of(acc, m, 2 * pair + j, half, row_scales, column_scales[j]) for half in range(2))
+        for j, scales in enumerate(column_scales):
+            gate, up = (self.pair_of(acc, m, 2 * pair + j, half, row_scales, scales) for half in range(2))
             packed.append(ptx.pack_bf16(silu(gate[0]) * up[0], silu(gate[1]) * up[1]))
-        stmatrix_x2_trans(at_unit, packed[0], packed[1])
+        ptx.stmatrix_trans(at_unit, packed)

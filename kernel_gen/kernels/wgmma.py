@@ -18,6 +18,7 @@ from kernel_gen.kernels.loads import ACTIVATION_ARGUMENT
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
 from kernel_gen.kernels.swiglu_epilogue import WgmmaSwigluEpilogue
+from kernel_gen.kernels.sync_mainloop import SyncMainloop
 from kernel_gen.kernels.wgmma_epilogue import WgmmaEpilogue
 from kernel_gen.kernels.wgmma_mainloop import CODE_TYPE, WgmmaMainloop
 from kernel_gen.kernels.wgmma_producer import Producer
@@ -33,13 +34,17 @@ class Slot:
         self.producer = Producer(self.facts, tile_m, config.tile.n, smem_wgmma.token_box(config), config.cluster)
         self.token_scales = self.facts.activation is not ActivationKind.BF16
         self.mainloops = [
-            WgmmaMainloop(self.facts, tile_m, width, groups, config.cluster) for width in config.token_widths
+            self.mainloop(width)(self.facts, tile_m, width, groups, config.cluster) for width in config.token_widths
         ]
         epilogue = WgmmaSwigluEpilogue if swiglu else WgmmaEpilogue
         self.epilogues = [
             epilogue(config, arrays, loop.tile_n, self.facts.has_channel_scales, self.token_scales, loop.extra_scale)
             for loop in self.mainloops
         ]
+
+    def mainloop(self, width: int) -> type[WgmmaMainloop]:
+        """The kind of k loop for tiles of `width` tokens."""
+        return SyncMainloop if smem_wgmma.multiplies_in_warps(self.facts, width) else WgmmaMainloop
 
 
 class WgmmaKernel:

@@ -68,7 +68,7 @@ class WgmmaEpilogue:
         for first in cutlass.range_constexpr(0, self.tile_n, self.chunk):
             buffer = buffers + (first // self.chunk % 2) * self.buffer_bytes
             num: cutlass.Constexpr = min(self.chunk, self.tile_n - first)
-            for pair in cutlass.range_constexpr(first // 16, (first + num) // 16):
+            for pair in cutlass.range_constexpr(first // 16, (first + num + 15) // 16):
                 column_scales = self.column_scales(scales_at, pair, lane)
                 for m in cutlass.range_constexpr(self.m_units):
                     at_unit = buffer + (pair * 16 - first) * self.row_bytes + m * (2 * self.unit_features) + to
@@ -81,13 +81,13 @@ class WgmmaEpilogue:
         return ((lane & 7) + ((lane >> 4) << 3)) * self.row_bytes + (warp * 16 + ((lane >> 3) & 1) * 8) * 2
 
     def put(self, acc, m, pair, row_scales, column_scales, at_unit):
-        """A unit's sums for 16 tokens to a buffer."""
+        """A unit's sums for 16 tokens, or the only 8, to a buffer."""
         packed = []
-        for j in range(2):
+        for j, scales in enumerate(column_scales):
             for half in range(2):
-                values = self.pair_of(acc, m, 2 * pair + j, half, row_scales, column_scales[j])
+                values = self.pair_of(acc, m, 2 * pair + j, half, row_scales, scales)
                 packed.append(ptx.pack_bf16(values[0], values[1]))
-        ptx.stmatrix_x4_trans(at_unit, packed[0], packed[1], packed[2], packed[3])
+        ptx.stmatrix_trans(at_unit, packed)
 
     def pair_of(self, acc, m, block, half, row_scales, column_scales):
         """A row's sums for two tokens, scaled."""
@@ -147,7 +147,8 @@ class WgmmaEpilogue:
         return out
 
     def column_scales(self, scales_at, pair, lane):
-        """Float32 scales of this thread's columns in two blocks of 8 tokens, [2][2], or None."""
+        """Float32 scales, or None, of this thread's columns in each block of 8 tokens, two blocks or the only one."""
+        blocks = range(2 * pair, min(2 * pair + 2, self.tile_n // 8))
         if not self.token_scales:
-            return [[None, None], [None, None]]
-        return [ptx.lds64_f32(scales_at + (2 * pair + j) * 32 + (lane % 4) * 8) for j in range(2)]
+            return [[None, None] for _ in blocks]
+        return [ptx.lds64_f32(scales_at + block * 32 + (lane % 4) * 8) for block in blocks]

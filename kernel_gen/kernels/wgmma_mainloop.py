@@ -96,11 +96,16 @@ class WgmmaMainloop:
             else:
                 stage, phase = self.multiply_pairs(ring, work, total, stage, phase)
             acc = total
-        return acc, stage, phase
+        return self.numbered(acc), stage, phase
 
     def sums(self, mma, kind):
         """Registers for the tile's sums."""
         return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), kind)
+
+    def numbered(self, sums):
+        """The same registers, numbered ((token, row half, block of 8 tokens), unit, 0), also where there is one block.
+        """
+        return cute.make_tensor(sums.iterator, cute.make_layout(((2, 2, self.tile_n // 8), self.m_units, 1)))
 
     def atoms(self, mma):
         """(wgmma that starts sums, wgmma that adds to them)."""
@@ -351,6 +356,7 @@ class WgmmaMainloop:
 
     def add_group(self, total, sums, scales):
         """total += sums * scale of the row, in float32."""
+        total, sums = self.numbered(total), self.numbered(sums)
         for m in range(self.m_units):
             for n in range(self.tile_n // 8):
                 for half in range(2):

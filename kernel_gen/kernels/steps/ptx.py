@@ -178,11 +178,6 @@ def add(a, b):
     return _ptx("add.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
 
-def stmatrix_x2_trans(smem, a, b):
-    """sm_90: two 8x8 matrices of 16-bit elements, transposed, to the 16-byte rows that lanes 0 to 15 address."""
-    _ptx("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1},{$r2}};", read_only_args=[smem, a, b])
-
-
 def silu(x):
     """x / (1 + 2^(-x log2 e)): ex2 and rcp are right to 2^-22, bf16 keeps 2^-9."""
     return _ptx(
