@@ -121,6 +121,13 @@ def token_box(config: KernelConfig) -> int:
     return config.tail or config.tile.n // config.cluster
 
 
+def producer_warps(config: KernelConfig) -> int:
+    """Warps that fill stages, one k-tile each in turn, 2 or 4 of them: a single one takes longer to start a k-tile's
+    copies than consumers take to multiply it for few tokens.
+    """
+    return 4 if config.num_stages >= 4 else 2
+
+
 def output_tokens(config: KernelConfig) -> int:
     """Tokens that a warpgroup writes to shared memory, and from there to Y, at a time: 16, or 32."""
     row_bytes = config.tile.m * 2 // (config.warps.m // 4)

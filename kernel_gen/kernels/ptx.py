@@ -97,6 +97,35 @@ def cp_async_4_if_more(smem, gmem, left, offset):
     )
 
 
+def mbarrier_wait(barrier, parity):
+    """sm_90: until the phase of this parity has ended. Addresses of the CTA's own barriers need no window of a cluster,
+    which the DSL's pointers look up at every use.
+    """
+    _ptx(
+        "{.reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [{$r0}], {$r1}; @!done bra AGAIN;}",
+        read_only_args=[barrier, parity],
+    )
+
+
+def mbarrier_arrive(barrier):
+    """sm_90: one arrival, after all that this thread read."""
+    _ptx("mbarrier.arrive.shared::cta.b64 _, [{$r0}];", read_only_args=[barrier])
+
+
+def mbarrier_arrive_at(barrier, rank):
+    """sm_90: the same at the barrier of a CTA of this cluster."""
+    _ptx(
+        "{.reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}",
+        read_only_args=[barrier, rank],
+    )
+
+
+def mbarrier_expect(barrier, num_bytes):
+    """sm_90: one arrival, and so many bytes that bulk copies still bring."""
+    _ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{$r0}], {$r1};", read_only_args=[barrier, num_bytes])
+
+
 def bulk_load(smem, gmem, num_bytes, barrier):
     """sm_90: one thread copies num_bytes (a multiple of 16) to shared memory; the mbarrier counts them."""
     _ptx(

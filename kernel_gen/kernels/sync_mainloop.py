@@ -35,7 +35,7 @@ class SyncMainloop(WgmmaMainloop):
         self.ends_each_tile = facts.k_tiles_per_group == 1
 
     @cute.jit
-    def run(self, base, start, arrays, barriers, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
+    def run(self, base, start, arrays, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
         """(float32 sums; next stage; next phase) of one tile."""
         _, _, feature_tile, index, slot_at, k, units = at
         total = self.sums(mma, Float32)
@@ -48,7 +48,7 @@ class SyncMainloop(WgmmaMainloop):
         consts = self.weights.constants()
         zeros = self.channel_zeros(feature_tile, index, slot_at, units, blocks)
         even, odd = self.register_set(), self.register_set()
-        ring = (start, arrays, barriers, num_stages)
+        ring = (start, arrays, num_stages)
         k_tiles = (k + (self.facts.k_tile - 1)) // self.facts.k_tile
         stage, phase = self.read(ring, even, stage, phase, blocks)
         for pair in cutlass.range((k_tiles + 1) // 2, unroll=1):
@@ -84,10 +84,10 @@ class SyncMainloop(WgmmaMainloop):
     @cute.jit
     def read(self, ring, registers, stage, phase, blocks):
         """Wait for a stage, read it, release it. Returns the ring's next stage and phase."""
-        start, arrays, barriers, num_stages = ring
+        start, arrays, _ = ring
         words, tokens, strips = registers
         group, warp, lane = blocks
-        cute.arch.mbarrier_wait(barriers + stage, phase)
+        self.wait(ring, stage, phase)
         at_w, at_s = self.addresses(ring, stage)
         for m in cutlass.range_constexpr(self.m_units):
             block = (m * self.groups + group) * 4 + warp
@@ -105,7 +105,7 @@ class SyncMainloop(WgmmaMainloop):
                 got = ptx.ldmatrix_x4(at_x + n * (TOKENS * TOKEN_ROW_BYTES) + (chunk ^ (half * 64)))
                 for i in cutlass.range_constexpr(4):
                     tokens[4 * half + i, n] = got[i]
-        self.release(barriers + num_stages + stage)
+        self.release(ring, stage)
         return self.advance(ring, stage, phase)
 
     @cute.jit

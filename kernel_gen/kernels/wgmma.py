@@ -1,7 +1,7 @@
 """The `wgmma` family: a persistent grouped GEMM for sm_90a, up to four schemes in one launch.
 
-One warp of a producer warpgroup walks the tiles and fills stages: packed weights and strips by bulk copies, tokens by
-TMA. Consumer warpgroups turn packed words into A fragments in registers and multiply with wgmma (weights from
+The warps of a producer warpgroup walk the tiles and fill stages in turn: packed weights and strips by bulk copies,
+tokens by TMA. Consumer warpgroups turn packed words into A fragments in registers and multiply with wgmma (weights from
 registers, tokens from shared memory). The scheduler, the decoding of weights and the packed layouts are the mma
 family's.
 """
@@ -31,7 +31,7 @@ class Slot:
     def __init__(self, config, scheme, arrays, swiglu) -> None:
         self.facts = layout_of(scheme)
         tile_m, groups = config.tile.m, config.warps.m // 4
-        self.producer = Producer(self.facts, tile_m, config.tile.n, smem_wgmma.token_box(config), config.cluster)
+        self.producer = Producer(self.facts, config)
         self.token_scales = self.facts.activation is not ActivationKind.BF16
         self.mainloops = [
             self.mainloop(width)(self.facts, tile_m, width, groups, config.cluster) for width in config.token_widths
@@ -56,6 +56,7 @@ class WgmmaKernel:
         self.groups = config.warps.m // 4
         self.cluster, self.widths = config.cluster, config.token_widths
         self.box = smem_wgmma.token_box(config)
+        self.producers = smem_wgmma.producer_warps(config)
         self.num_threads = config.num_threads
         self.min_ctas = config.min_ctas_per_sm
         self.overlap = spec.overlap
@@ -173,7 +174,7 @@ class WgmmaKernel:
         stage = Int32(0)
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
-            if warp == 0:
+            if warp < self.producers:
                 phase = Int32(1)
                 for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                     row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
@@ -181,13 +182,12 @@ class WgmmaKernel:
                     width = self.width(row, row_end)
                     for s in cutlass.range_constexpr(len(self.slots)):
                         if slot == s:
-                            at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank)
+                            at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank, warp)
                             stage, phase = self.slots[s].producer.run(
                                 base,
                                 start,
                                 self.arrays,
                                 barriers,
-                                self.num_stages,
                                 stage,
                                 phase,
                                 at,
@@ -207,7 +207,7 @@ class WgmmaKernel:
                         if slot == s and width == self.slots[s].mainloops[v].tile_n:
                             slot_at = weights_at + s * 32
                             at = (row, row_end, feature_tile, index, slot_at, k, units)
-                            ring = (base, start, barriers, stage, phase)
+                            ring = (base, start, stage, phase)
                             stage, phase = self.run_tile(s, v, ring, at, mmas[s][v], layouts[s], y, activations, tid)
         if const_expr(self.cluster > 1):  # nor after it is gone
             cute.arch.cluster_arrive()
@@ -226,13 +226,13 @@ class WgmmaKernel:
     def run_tile(self, s: cutlass.Constexpr, v: cutlass.Constexpr, ring, at, mma, layout, y, activations, tid):
         """One tile of slot s and width v: k loop, epilogue. Returns the ring's next stage and phase."""
         slot = self.slots[s]
-        base, start, barriers, stage, phase = ring
+        base, start, stage, phase = ring
         tokens = Int64(0)
         if const_expr(slot.token_scales):
             tokens = activations[ACTIVATION_ARGUMENT[slot.facts.activation] + 1]
         scales = slot.epilogues[v].fetch(at, tokens, tid)
         acc, stage, phase = slot.mainloops[v].run(
-            base, start, self.arrays, barriers, self.num_stages, stage, phase, at, mma, layout, tid
+            base, start, self.arrays, self.num_stages, stage, phase, at, mma, layout, tid
         )
         slot.epilogues[v].run(acc, scales, start + self.arrays.output, start + self.arrays.token_scales, tid, at, y)
         return stage, phase

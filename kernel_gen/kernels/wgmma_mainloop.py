@@ -66,7 +66,7 @@ class WgmmaMainloop:
         return cute.tile_to_shape(atom, (rows, self.facts.k_tile, num_stages), order=(0, 1, 2))
 
     @cute.jit
-    def run(self, base, start, arrays, barriers, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
+    def run(self, base, start, arrays, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
         """(float32 sums, or int32 ones of int8 math without groups; next stage; next phase) of one tile."""
         _, _, feature_tile, index, slot_at, k, units = at
         facts = self.facts
@@ -83,7 +83,7 @@ class WgmmaMainloop:
         blocks = (tid // 128 - 1, (tid // 32) % 4, tid % 32)
         if const_expr(self.has_tile_biases):
             self.fetch_channel(state, feature_tile, index, slot_at, units, blocks)
-        ring = (start, arrays, barriers, num_stages)
+        ring = (start, arrays, num_stages)
         k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
         work = (mma, a, b, acc, state, blocks, k_tiles)
         if const_expr(self.sum_of is SumOf.WEIGHTS):
@@ -117,7 +117,7 @@ class WgmmaMainloop:
 
     def addresses(self, ring, stage):
         """(packed words, strips) of a stage."""
-        start, arrays, _, _ = ring
+        start, arrays, _ = ring
         return (
             start + arrays.weights + stage * arrays.weights_stage,
             start + arrays.strips + stage * arrays.strips_stage,
@@ -128,7 +128,7 @@ class WgmmaMainloop:
         """The ring's stage and phase after this one."""
         after = stage + 1
         after_phase = phase
-        if after == ring[3]:
+        if after == ring[2]:
             after = Int32(0)
             after_phase = phase ^ 1
         return after, after_phase
@@ -136,10 +136,9 @@ class WgmmaMainloop:
     @cute.jit
     def multiply(self, ring, work, stage, phase):
         """acc += weights x tokens; a k-tile's last fragments are decoded as its last but one are multiplied."""
-        _, _, barriers, num_stages = ring
         mma, a, b, acc, state, blocks, k_tiles = work
         _, add = self.atoms(mma)
-        cute.arch.mbarrier_wait(barriers + stage, phase)
+        self.wait(ring, stage, phase)
         at_w, at_s = self.addresses(ring, stage)
         self.decode(state, 0, at_w, at_s, blocks)
         before = stage
@@ -147,7 +146,7 @@ class WgmmaMainloop:
             after, after_phase = self.advance(ring, stage, phase)
             for ks in cutlass.range_constexpr(K_STEPS):
                 if const_expr(ks == K_STEPS - 1):
-                    cute.arch.mbarrier_wait(barriers + after, after_phase)
+                    self.wait(ring, after, after_phase)
                     at_w, at_s = self.addresses(ring, after)
                 self.decode(state, (ks + 1) % K_STEPS, at_w, at_s, blocks)
                 warpgroup.fence()
@@ -156,7 +155,7 @@ class WgmmaMainloop:
                 warpgroup.wait_group(2)
                 if const_expr(ks == 1):
                     if kt > 0:
-                        self.release(barriers + num_stages + before)
+                        self.release(ring, before)
             before = stage
             stage = after
             phase = after_phase
@@ -170,9 +169,9 @@ class WgmmaMainloop:
                 warpgroup.wait_group(2)
             if const_expr(ks == 1):
                 if k_tiles > 1:
-                    self.release(barriers + num_stages + before)
+                    self.release(ring, before)
         warpgroup.wait_group(0)
-        self.release(barriers + num_stages + stage)
+        self.release(ring, stage)
         return self.advance(ring, stage, phase)
 
     @cute.jit
@@ -181,10 +180,9 @@ class WgmmaMainloop:
         read as this one is multiplied (behind the last one, words that nobody uses). Fragments wait for the end:
         several slots with fragments of a running wgmma changed piece by piece are serialised.
         """
-        _, _, barriers, num_stages = ring
         mma, a, b, acc, state, blocks, k_tiles = work
         begin, add = self.atoms(mma)
-        cute.arch.mbarrier_wait(barriers + stage, phase)
+        self.wait(ring, stage, phase)
         at_w, at_s = self.addresses(ring, stage)
         for ks in cutlass.range_constexpr(K_STEPS):
             self.decode(state, ks, at_w, at_s, blocks)
@@ -199,23 +197,22 @@ class WgmmaMainloop:
             before = stage
             stage, phase = self.advance(ring, stage, phase)
             if kt + 1 < k_tiles:
-                cute.arch.mbarrier_wait(barriers + stage, phase)
+                self.wait(ring, stage, phase)
             at_w, _ = self.addresses(ring, stage)
             for ks in cutlass.range_constexpr(K_STEPS):
                 self.load(state, ks, at_w, at_s, blocks)
             warpgroup.wait_group(0)
             for ks in cutlass.range_constexpr(K_STEPS):
                 self.fill(state, ks)
-            self.release(barriers + num_stages + before)
+            self.release(ring, before)
             self.add_group(total, acc, scales)
         return stage, phase
 
     @cute.jit
     def multiply_pairs(self, ring, work, total, stage, phase):
         """total += scale x (the codes of one group, two k-tiles of bf16 math, x tokens)."""
-        _, _, barriers, num_stages = ring
         _, _, _, acc, state, blocks, k_tiles = work
-        cute.arch.mbarrier_wait(barriers + stage, phase)
+        self.wait(ring, stage, phase)
         at_w, at_s = self.addresses(ring, stage)
         self.decode(state, 0, at_w, at_s, blocks)
         before = stage
@@ -238,7 +235,7 @@ class WgmmaMainloop:
             scales = self.row_scales(self.addresses(ring, last)[1], blocks)
             warpgroup.wait_group(0)
             self.add_group(total, acc, scales)
-        self.release(barriers + num_stages + before)
+        self.release(ring, before)
         return stage, phase
 
     @cute.jit
@@ -246,7 +243,6 @@ class WgmmaMainloop:
         """Multiply the k-tile in `stage`, decode the first fragment of the next, waiting for it if there is one, and
         release the stage before. Returns the ring's next stage and phase.
         """
-        _, _, barriers, num_stages = ring
         mma, a, b, acc, state, blocks, _ = work
         begin, add = self.atoms(mma)
         after, after_phase = self.advance(ring, stage, phase)
@@ -254,7 +250,7 @@ class WgmmaMainloop:
         for ks in cutlass.range_constexpr(K_STEPS):
             if const_expr(ks == K_STEPS - 1):
                 if more:
-                    cute.arch.mbarrier_wait(barriers + after, after_phase)
+                    self.wait(ring, after, after_phase)
                 at_w, at_s = self.addresses(ring, after)
             self.decode(state, (ks + 1) % K_STEPS, at_w, at_s, blocks)
             warpgroup.fence()
@@ -264,21 +260,28 @@ class WgmmaMainloop:
             warpgroup.wait_group(2)
             if const_expr(ks == 1):
                 if release_before:
-                    self.release(barriers + num_stages + before)
+                    self.release(ring, before)
         return after, after_phase
 
+    def wait(self, ring, stage, phase):
+        """Until the producer has filled a stage."""
+        start, arrays, _ = ring
+        ptx.mbarrier_wait(start + arrays.barriers + stage * 8, phase)
+
     @cute.jit
-    def release(self, barrier):
+    def release(self, ring, stage):
         """Tell the producers that this warp has read the stage: all lanes have, before one says so. In a cluster every
         CTA's producer fills it.
         """
+        start, arrays, num_stages = ring
+        barrier = start + arrays.barriers + (stage + num_stages) * 8
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             if const_expr(self.cluster == 1):
-                cute.arch.mbarrier_arrive(barrier)
+                ptx.mbarrier_arrive(barrier)
             else:
                 for rank in cutlass.range_constexpr(self.cluster):
-                    cute.arch.mbarrier_arrive(barrier, rank)
+                    ptx.mbarrier_arrive_at(barrier, rank)
 
     @cute.jit
     def decode(self, state, ks: cutlass.Constexpr, at_w, at_s, blocks):

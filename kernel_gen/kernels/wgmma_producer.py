@@ -1,42 +1,41 @@
-"""The producer of the wgmma family: fills stages for one scheme's tile."""
+"""The producers of the wgmma family: warps that fill stages for one scheme's tile, a k-tile each in turn."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int16, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from kernel_gen import smem_wgmma
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.wgmma_mainloop import CODE_TYPE
 from kernel_gen.layouts import STRIP_BYTES
 
 
 class Producer:
-    """One warp runs this. A stage is full when all bytes it was promised have come (expect_tx).
+    """What each producer warp runs. A stage is full when all bytes it was promised have come (expect_tx).
 
-    Tokens come in boxes of `box` rows, as many as the tile's width takes. In a cluster each CTA loads its share of the
-    boxes into the shared memory of all.
+    Tokens come in boxes, as many as the tile's width takes. In a cluster each CTA loads its share of the boxes into the
+    shared memory of all.
     """
 
-    def __init__(self, facts, tile_m: int, tile_n: int, box: int, cluster: int) -> None:
-        self.facts, self.tile_m, self.tile_n, self.box, self.cluster = facts, tile_m, tile_n, box, cluster
+    def __init__(self, facts, config) -> None:
+        self.facts, self.tile_m, self.tile_n = facts, config.tile.m, config.tile.n
+        self.box, self.cluster = smem_wgmma.token_box(config), config.cluster
+        self.warps, self.num_stages = smem_wgmma.producer_warps(config), config.num_stages
+        self.strips = facts.has_group_scales * (1 + facts.has_zero_points)
+        self.groups_ahead = self.warps // max(1, facts.k_tiles_per_group)
 
     @cute.jit
-    def run(self, base, start, arrays, barriers, num_stages: cutlass.Constexpr, stage, phase, at, atom, tensor, layout):
-        """All k-tiles of one tile; returns the ring's next stage and phase."""
-        row, width, feature_tile, index, slot_at, k, units, rank = at
+    def run(self, base, start, arrays, barriers, stage, phase, at, atom, tensor, layout):
+        """This warp's k-tiles of one tile; (stage, phase) are of its first k-tile, and returned of the next tile's."""
+        row, width, feature_tile, index, slot_at, k, units, rank, warp = at
         facts = self.facts
         k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
         unit0 = feature_tile * (self.tile_m // 64)
         present = cutlass.max(cutlass.min(units - unit0, self.tile_m // 64), 0)
-        source = ptx.ldg64(slot_at) + (Int64(index) * k_tiles * units + unit0) * facts.unit_bytes
-        scales = Int64(0)
-        zeros = Int64(0)
-        if const_expr(facts.has_group_scales):
-            groups = (k + (facts.group_size - 1)) // facts.group_size
-            strip = (Int64(index) * groups * units + unit0) * STRIP_BYTES
-            scales = ptx.ldg64(slot_at + 8) + strip
-            if const_expr(facts.has_zero_points):
-                zeros = ptx.ldg64(slot_at + 16) + strip
+        weights, scales, zeros = self.sources(index, slot_at, k, k_tiles, units, unit0, warp)
+        next_weights = Int64(units) * (self.warps * facts.unit_bytes)
+        next_strips = Int64(units) * (self.groups_ahead * STRIP_BYTES)
         tokens = cute.make_tensor(
             cute.recast_ptr(base + arrays.tokens, layout.inner, dtype=CODE_TYPE[facts.math]), layout.outer
         )
@@ -46,39 +45,66 @@ class Producer:
         to, come_from = cpasync.tma_partition(
             atom, 0, cute.make_layout(1), cute.group_modes(places, 0, 2), cute.group_modes(boxes, 0, 2)
         )
-        strips: cutlass.Constexpr = int(facts.has_group_scales) * (1 + int(facts.has_zero_points))
-        total = present * (facts.unit_bytes + strips * STRIP_BYTES) + width * facts.x_row_bytes
-        for kt in cutlass.range(k_tiles, unroll=1):
-            cute.arch.mbarrier_wait(barriers + num_stages + stage, phase)
-            full = start + arrays.barriers + stage * 8
+        total = present * (facts.unit_bytes + self.strips * STRIP_BYTES) + width * facts.x_row_bytes
+        mine, my_phase = self.ahead(stage, phase, warp)
+        for kt in cutlass.range(warp, k_tiles, self.warps, unroll=1):
+            full = start + arrays.barriers + mine * 8
+            ptx.mbarrier_wait(full + self.num_stages * 8, my_phase)
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(barriers + stage, total)
+                ptx.mbarrier_expect(full, total)
                 if present > 0:  # a cluster's last CTA may have no rows
-                    at_w = start + arrays.weights + stage * arrays.weights_stage
-                    ptx.bulk_load(at_w, source + Int64(kt) * units * facts.unit_bytes, present * facts.unit_bytes, full)
-                    if const_expr(facts.has_group_scales):
-                        group = Int64(kt // facts.k_tiles_per_group) * units * STRIP_BYTES
-                        at_s = start + arrays.strips + stage * arrays.strips_stage
-                        ptx.bulk_load(at_s, scales + group, present * STRIP_BYTES, full)
-                        if const_expr(facts.has_zero_points):
-                            ptx.bulk_load(at_s + self.tile_m * 2, zeros + group, present * STRIP_BYTES, full)
+                    self.load_weights(start, arrays, mine, full, weights, scales, zeros, present)
+            weights += next_weights
+            scales += next_strips
+            zeros += next_strips
             if const_expr(self.cluster > 1):
                 everyone: cutlass.Constexpr = (1 << self.cluster) - 1
                 for i in cutlass.range(rank, width // self.box, self.cluster, unroll=1):
                     cute.copy(
                         atom,
                         come_from[None, i, kt],
-                        to[None, i, stage],
-                        tma_bar_ptr=barriers + stage,
+                        to[None, i, mine],
+                        tma_bar_ptr=barriers + mine,
                         mcast_mask=Int16(everyone),
                     )
             elif const_expr(self.box < self.tile_n):
                 for i in cutlass.range(width // self.box, unroll=1):
-                    cute.copy(atom, come_from[None, i, kt], to[None, i, stage], tma_bar_ptr=barriers + stage)
+                    cute.copy(atom, come_from[None, i, kt], to[None, i, mine], tma_bar_ptr=barriers + mine)
             else:
-                cute.copy(atom, come_from[None, 0, kt], to[None, 0, stage], tma_bar_ptr=barriers + stage)
-            stage += 1
-            if stage == num_stages:
-                stage = Int32(0)
-                phase ^= 1
+                cute.copy(atom, come_from[None, 0, kt], to[None, 0, mine], tma_bar_ptr=barriers + mine)
+            mine, my_phase = self.ahead(mine, my_phase, self.warps)
+        turns = k_tiles // self.num_stages
+        return self.ahead(stage, phase ^ (turns & 1), k_tiles - turns * self.num_stages)
+
+    @cute.jit
+    def ahead(self, stage, phase, by):
+        """The ring's stage and phase `by` k-tiles later, at most num_stages."""
+        stage += by
+        if stage >= self.num_stages:
+            stage -= self.num_stages
+            phase ^= 1
         return stage, phase
+
+    def sources(self, index, slot_at, k, k_tiles, units, unit0, first):
+        """Global addresses of the tile's packed weights, scales and zero points (0 where there are none) in k-tile
+        `first`.
+        """
+        facts = self.facts
+        weights = ptx.ldg64(slot_at) + ((Int64(index) * k_tiles + first) * units + unit0) * facts.unit_bytes
+        strips = [Int64(0), Int64(0)]
+        for i in range(self.strips):
+            groups = (k + (facts.group_size - 1)) // facts.group_size
+            group = Int64(index) * groups + first // facts.k_tiles_per_group
+            strips[i] = ptx.ldg64(slot_at + 8 * (1 + i)) + (group * units + unit0) * STRIP_BYTES
+        return weights, *strips
+
+    @cute.jit
+    def load_weights(self, start, arrays, stage, full, weights, scales, zeros, present):
+        """Packed weights, scales and zero points of a k-tile: one thread starts the copies."""
+        at_w = start + arrays.weights + stage * arrays.weights_stage
+        ptx.bulk_load(at_w, weights, present * self.facts.unit_bytes, full)
+        if const_expr(self.strips):
+            at_s = start + arrays.strips + stage * arrays.strips_stage
+            ptx.bulk_load(at_s, scales, present * STRIP_BYTES, full)
+            if const_expr(self.strips == 2):
+                ptx.bulk_load(at_s + self.tile_m * 2, zeros, present * STRIP_BYTES, full)
