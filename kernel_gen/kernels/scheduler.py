@@ -51,6 +51,10 @@ class TileScheduler:
         if tid < 32:
             self.scan(base, tid)
         cute.arch.sync_threads()
+        return self.num_tiles(base)
+
+    def num_tiles(self, base):
+        """Of a table that is built."""
         return ptx.lds32(base + self.max_experts * ENTRY_BYTES)
 
     @cute.jit

@@ -166,38 +166,31 @@ class WgmmaKernel:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
         table = start + self.arrays.table
-        num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
+        self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()
         if const_expr(self.cluster > 1):  # no barrier of another CTA is touched before it is there
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
-        stage = Int32(0)
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp < self.producers:
-                phase = Int32(1)
+                turn = (warp, warp, Int32(1))
+                num_tiles = self.scheduler.num_tiles(table)
                 for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                     row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
                     feature_tile = feature_tile * self.cluster + rank
                     width = self.width(row, row_end)
                     for s in cutlass.range_constexpr(len(self.slots)):
                         if slot == s:
-                            at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank, warp)
-                            stage, phase = self.slots[s].producer.run(
-                                base,
-                                start,
-                                self.arrays,
-                                barriers,
-                                stage,
-                                phase,
-                                at,
-                                atoms[s],
-                                tensors[s],
-                                layouts[s],
+                            at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank)
+                            turn = self.slots[s].producer.run(
+                                base, start, self.arrays, barriers, turn, at, atoms[s], tensors[s], layouts[s]
                             )
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
+            stage = Int32(0)
             phase = Int32(0)
+            num_tiles = self.scheduler.num_tiles(table)
             for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                 row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
                 feature_tile = feature_tile * self.cluster + rank

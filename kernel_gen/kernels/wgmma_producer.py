@@ -26,14 +26,17 @@ class Producer:
         self.groups_ahead = self.warps // max(1, facts.k_tiles_per_group)
 
     @cute.jit
-    def run(self, base, start, arrays, barriers, stage, phase, at, atom, tensor, layout):
-        """This warp's k-tiles of one tile; (stage, phase) are of its first k-tile, and returned of the next tile's."""
-        row, width, feature_tile, index, slot_at, k, units, rank, warp = at
+    def run(self, base, start, arrays, barriers, turn, at, atom, tensor, layout):
+        """This warp's k-tiles of one tile. `turn`: k-tiles until its first, and the stage and phase of that; returns
+        its next turn.
+        """
+        row, width, feature_tile, index, slot_at, k, units, rank = at
+        first, stage, phase = turn
         facts = self.facts
         k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
         unit0 = feature_tile * (self.tile_m // 64)
         present = cutlass.max(cutlass.min(units - unit0, self.tile_m // 64), 0)
-        weights, scales, zeros = self.sources(index, slot_at, k, k_tiles, units, unit0, warp)
+        weights, scales, zeros = self.sources(index, slot_at, k, k_tiles, units, unit0, first)
         next_weights = Int64(units) * (self.warps * facts.unit_bytes)
         next_strips = Int64(units) * (self.groups_ahead * STRIP_BYTES)
         tokens = cute.make_tensor(
@@ -46,14 +49,13 @@ class Producer:
             atom, 0, cute.make_layout(1), cute.group_modes(places, 0, 2), cute.group_modes(boxes, 0, 2)
         )
         total = present * (facts.unit_bytes + self.strips * STRIP_BYTES) + width * facts.x_row_bytes
-        mine, my_phase = self.ahead(stage, phase, warp)
-        for kt in cutlass.range(warp, k_tiles, self.warps, unroll=1):
-            full = start + arrays.barriers + mine * 8
-            ptx.mbarrier_wait(full + self.num_stages * 8, my_phase)
+        for kt in cutlass.range(first, k_tiles, self.warps, unroll=1):
+            full = start + arrays.barriers + stage * 8
+            ptx.mbarrier_wait(full + self.num_stages * 8, phase)
             with cute.arch.elect_one():
                 ptx.mbarrier_expect(full, total)
                 if present > 0:  # a cluster's last CTA may have no rows
-                    self.load_weights(start, arrays, mine, full, weights, scales, zeros, present)
+                    self.load_weights(start, arrays, stage, full, weights, scales, zeros, present)
             weights += next_weights
             scales += next_strips
             zeros += next_strips
@@ -63,27 +65,20 @@ class Producer:
                     cute.copy(
                         atom,
                         come_from[None, i, kt],
-                        to[None, i, mine],
-                        tma_bar_ptr=barriers + mine,
+                        to[None, i, stage],
+                        tma_bar_ptr=barriers + stage,
                         mcast_mask=Int16(everyone),
                     )
             elif const_expr(self.box < self.tile_n):
                 for i in cutlass.range(width // self.box, unroll=1):
-                    cute.copy(atom, come_from[None, i, kt], to[None, i, mine], tma_bar_ptr=barriers + mine)
+                    cute.copy(atom, come_from[None, i, kt], to[None, i, stage], tma_bar_ptr=barriers + stage)
             else:
-                cute.copy(atom, come_from[None, 0, kt], to[None, 0, mine], tma_bar_ptr=barriers + mine)
-            mine, my_phase = self.ahead(mine, my_phase, self.warps)
-        turns = k_tiles // self.num_stages
-        return self.ahead(stage, phase ^ (turns & 1), k_tiles - turns * self.num_stages)
-
-    @cute.jit
-    def ahead(self, stage, phase, by):
-        """The ring's stage and phase `by` k-tiles later, at most num_stages."""
-        stage += by
-        if stage >= self.num_stages:
-            stage -= self.num_stages
-            phase ^= 1
-        return stage, phase
+                cute.copy(atom, come_from[None, 0, kt], to[None, 0, stage], tma_bar_ptr=barriers + stage)
+            stage += self.warps
+            if stage >= self.num_stages:
+                stage -= self.num_stages
+                phase ^= 1
+        return (first - k_tiles) & (self.warps - 1), stage, phase
 
     def sources(self, index, slot_at, k, k_tiles, units, unit0, first):
         """Global addresses of the tile's packed weights, scales and zero points (0 where there are none) in k-tile
