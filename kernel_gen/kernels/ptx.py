@@ -221,11 +221,6 @@ def pinned(value):
     )
 
 
-def held(value):
-    """The value in a register: the compiler does not work it out again at each use."""
-    return _ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
-
-
 def count_le(value, bound):
     """How many lanes of the warp hold value <= bound."""
     return _ptx(

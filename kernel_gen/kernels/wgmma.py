@@ -14,7 +14,6 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from kernel_gen import smem_wgmma
-from kernel_gen.kernels import ptx
 from kernel_gen.kernels.loads import ACTIVATION_ARGUMENT
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
@@ -156,7 +155,7 @@ class WgmmaKernel:
         rows: cutlass.Constexpr = self.tile_m * self.cluster
         feature_tiles = (num_features + (rows - 1)) // rows
         base = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
-        start = ptx.held(Int32(base.toint()))
+        start = Int32(base.toint())
         barriers = cute.recast_ptr(base + self.arrays.barriers, dtype=Int64)
         if tid == 0:
             for i in cutlass.range_constexpr(self.num_stages):
