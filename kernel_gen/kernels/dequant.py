@@ -132,14 +132,6 @@ class Bf16Codes(Bf16Weights):
         self.has_offsets = num_bits <= 4 or zero_points
         self.units = (1, 4 if num_bits <= 3 else 1)
 
-    def constants(self):
-        """Bf16Weights', and the multipliers that shift right by 4, 8 and 12."""
-        return *super().constants(), *[ptx.pinned(1 << (32 - amount)) for amount in (4, 8, 12)]
-
-    def shifted(self, word, amount, consts):
-        """Right by 0, 4, 8 or 12 bits."""
-        return ptx.shift_right(word, consts[-4 + amount // 4]) if amount else word
-
     @cute.jit
     def load_tile(self, words, m: cutlass.Constexpr, base, block, lane):
         """Words of a whole k-tile of one m16 block."""
@@ -156,10 +148,11 @@ class Bf16Codes(Bf16Weights):
         if self.num_bits == 16:
             return [words[4 * ks + r, m] for r in range(4)]
         if self.num_bits >= 4:
-            return [self.wide(words, m, ks, r, consts) for r in range(4)]
+            whole = self.signed_bytes if self.num_bits == 8 else self.codes
+            return [whole(words, m, ks, r, consts) for r in range(4)]
         out = []
         for upper in range(2):
-            both = self.shifted(words[ks >> 1, m], 4 * (upper + 2 * (ks & 1)), consts)
+            both = _shift(words[ks >> 1, m], 4 * (upper + 2 * (ks & 1)))
             for half, mask in enumerate((0x00030003, 0x000C000C)):
                 pair = ptx.and_or(both, mask, consts[0])
                 if self.num_bits == 3:
@@ -167,12 +160,6 @@ class Bf16Codes(Bf16Weights):
                     pair = ptx.and_or(_shift(words[2, m], bit - 2 - 2 * half), 0x00040004 << 2 * half, pair)
                 out.append(pair)
         return out
-
-    def wide(self, words, m, ks, r, consts):
-        """Register r of k-step ks of 4 or 8 bits."""
-        if self.num_bits == 8:
-            return self.signed_bytes(words, m, ks, r, consts)
-        return ptx.and_or(self.shifted(words[ks, m], 4 * r, consts), 0x000F000F, consts[0])
 
     def factors(self, scale, zero, half):
         """(scale, offset), float32 or None, so that (sum - offset x sum of tokens) x scale is what (u - z) x scale

@@ -192,17 +192,6 @@ def fma_bf16x2(a, b, c):
     return _ptx("fma.rn.bf16x2 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Int32], read_only_args=[a, b, c])
 
 
-def shift_right(value, power):
-    """value >> (32 - i) for power = 2^i, as the upper half of a product: the multiply pipe has time where the one that
-    shifts has none. `power` must be opaque (`pinned`), or the compiler shifts.
-    """
-    return _ptx(
-        "{.reg .b64 product; .reg .b32 low; mul.wide.u32 product, {$r0}, {$r1}; mov.b64 {low, {$w0}}, product;}",
-        write_only_types=[Int32],
-        read_only_args=[value, power],
-    )
-
-
 def broadcast_low(pair):
     return _ptx("prmt.b32 {$w0}, {$r0}, {$r0}, 0x1010;", write_only_types=[Int32], read_only_args=[pair])
 
