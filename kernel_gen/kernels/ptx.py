@@ -97,12 +97,19 @@ def cp_async_4_if_more(smem, gmem, left, offset):
     )
 
 
-def mbarrier_wait(barrier, parity):
-    """sm_90: until the phase of this parity has ended. Addresses of the CTA's own barriers need no window of a cluster,
-    which the DSL's pointers look up at every use.
+PATIENT_NS = 0x989680  # 10 ms
+
+
+def mbarrier_wait(barrier, parity, patient=False):
+    """sm_90: until the phase of this parity has ended; `patient`: asleep, for who waits long, and leaves the scheduler
+    to others. Addresses of the CTA's own barriers need no window of a cluster, which the DSL's pointers look up at
+    every use.
     """
+    limit = f", {PATIENT_NS}" if patient else ""
     _ptx(
-        "{.reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [{$r0}], {$r1}; @!done bra AGAIN;}",
+        "{.reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [{$r0}], {$r1}"
+        + limit
+        + "; @!done bra AGAIN;}",
         read_only_args=[barrier, parity],
     )
 

@@ -51,7 +51,7 @@ class Producer:
         total = present * (facts.unit_bytes + self.strips * STRIP_BYTES) + width * facts.x_row_bytes
         for kt in cutlass.range(first, k_tiles, self.warps, unroll=1):
             full = start + arrays.barriers + stage * 8
-            ptx.mbarrier_wait(full + self.num_stages * 8, phase)
+            ptx.mbarrier_wait(full + self.num_stages * 8, phase, patient=True)
             with cute.arch.elect_one():
                 ptx.mbarrier_expect(full, total)
                 if present > 0:  # a cluster's last CTA may have no rows
