@@ -103,11 +103,12 @@ class Kernel:
 
     def grid(self, num_tokens: int, experts: Experts) -> int:
         """CTAs of a launch: as many as are resident at once, or as the tiles there can be at most; whole clusters."""
-        tile, cluster = self.spec.config.tile, self.spec.config.cluster
+        config = self.spec.config
+        tile, ctas = config.tile, config.cluster * config.split_k
         token_tiles = -(-num_tokens // tile.n) + min(experts.num_experts, num_tokens) - 1
         resident = torch.cuda.get_device_properties(experts.device).multi_processor_count * self.ctas_per_sm
-        clusters = max(token_tiles, 1) * -(-experts.n // (tile.m * cluster))
-        return min(resident // cluster, clusters) * cluster
+        clusters = max(token_tiles, 1) * -(-experts.n // (tile.m * config.cluster))
+        return min(resident // ctas, clusters) * ctas
 
     def _check(self, x: Activations, experts: Experts, offsets: Tensor) -> None:
         if experts.num_experts > self.spec.max_experts:

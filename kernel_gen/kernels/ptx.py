@@ -105,6 +105,27 @@ def bulk_load(smem, gmem, num_bytes, barrier):
     )
 
 
+def remote(smem, rank):
+    """sm_90: this shared-memory address in another CTA of the cluster."""
+    return _ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[smem, Int32(rank)]
+    )
+
+
+def st_async_128(address, values, barrier):
+    """sm_90: four 32-bit values to another CTA's shared memory; the mbarrier there counts 16 bytes when they have come.
+    """
+    _ptx(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [{$r0}], {{$r1},{$r2},{$r3},{$r4}}, [{$r5}];",
+        read_only_args=[address, *values, barrier],
+    )
+
+
+def arrive_remote(barrier):
+    """sm_90: arrive at another CTA's mbarrier; whoever waits there sees what this thread did before."""
+    _ptx("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];", read_only_args=[barrier])
+
+
 def stmatrix_x4_trans(smem, a, b, c, d):
     """sm_90: four 8x8 matrices of 16-bit elements, transposed, to the 16-byte rows that the lanes address."""
     _ptx(

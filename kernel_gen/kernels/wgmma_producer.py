@@ -6,6 +6,7 @@ from cutlass import Int16, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from kernel_gen.kernels import ptx
+from kernel_gen.kernels.split_k import k_part
 from kernel_gen.kernels.wgmma_mainloop import CODE_TYPE
 from kernel_gen.layouts import STRIP_BYTES
 
@@ -14,15 +15,16 @@ class Producer:
     """One warp runs this. A stage is full when all bytes it was promised have come (expect_tx).
 
     Tokens come in boxes of `box` rows, as many as the tile's width takes. In a cluster each CTA loads its share of the
-    boxes into the shared memory of all.
+    boxes into the shared memory of all; with split-K each loads its part of the k-tiles.
     """
 
-    def __init__(self, facts, tile_m: int, tile_n: int, box: int, cluster: int) -> None:
-        self.facts, self.tile_m, self.tile_n, self.box, self.cluster = facts, tile_m, tile_n, box, cluster
+    def __init__(self, facts, config, box: int) -> None:
+        self.facts, self.tile_m, self.tile_n, self.box = facts, config.tile.m, config.tile.n, box
+        self.cluster, self.split_k = config.cluster, config.split_k
 
     @cute.jit
     def run(self, base, start, arrays, barriers, num_stages: cutlass.Constexpr, stage, phase, at, atom, tensor, layout):
-        """All k-tiles of one tile; returns the ring's next stage and phase."""
+        """All k-tiles of one tile, or this CTA's part of them; returns the ring's next stage and phase."""
         row, width, feature_tile, index, slot_at, k, units, rank = at
         facts = self.facts
         k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
@@ -48,7 +50,8 @@ class Producer:
         )
         strips: cutlass.Constexpr = int(facts.has_group_scales) * (1 + int(facts.has_zero_points))
         total = present * (facts.unit_bytes + strips * STRIP_BYTES) + width * facts.x_row_bytes
-        for kt in cutlass.range(k_tiles, unroll=1):
+        first, count = k_part(facts, k, rank, self.split_k)
+        for kt in cutlass.range(first, first + count, unroll=1):
             cute.arch.mbarrier_wait(barriers + num_stages + stage, phase)
             full = start + arrays.barriers + stage * 8
             with cute.arch.elect_one():
