@@ -121,11 +121,6 @@ def st_async_128(address, values, barrier):
     )
 
 
-def arrive_remote(barrier):
-    """sm_90: arrive at another CTA's mbarrier; whoever waits there sees what this thread did before."""
-    _ptx("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];", read_only_args=[barrier])
-
-
 def stmatrix_x4_trans(smem, a, b, c, d):
     """sm_90: four 8x8 matrices of 16-bit elements, transposed, to the 16-byte rows that the lanes address."""
     _ptx(

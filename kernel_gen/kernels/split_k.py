@@ -65,7 +65,7 @@ class ClusterSum:
             cute.arch.sync_warp()
             with cute.arch.elect_one():
                 for other in cutlass.range_constexpr(self.parts - 1):
-                    ptx.arrive_remote(ptx.remote(Int32((full + 1).toint()), other))
+                    cute.arch.mbarrier_arrive(full + 1, other)
         else:
             cute.arch.mbarrier_wait(full + 1, turn ^ 1)
             to = ptx.remote(mine + part * self.part_bytes, self.parts - 1)
@@ -75,6 +75,12 @@ class ClusterSum:
                     for m in cutlass.range_constexpr(self.m_units):
                         values = [acc[(i, half, n), m, 0] for half in range(2) for i in range(2)]
                         ptx.st_async_128(to + self.offset(n, m), values, barrier)
+
+    @cute.jit
+    def finish(self, full, part, turn):
+        """After the last tile: no CTA ends before the last one has used its sums and said so."""
+        if part < self.parts - 1:
+            cute.arch.mbarrier_wait(full + 1, turn ^ 1)
 
     def offset(self, n, m):
         """Of a thread's four sums of one unit and eight tokens, from those of its first."""

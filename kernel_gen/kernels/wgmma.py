@@ -163,14 +163,17 @@ class WgmmaKernel:
             if const_expr(self.split_k > 1):
                 self.slots[0].cluster_sums[-1].init(barriers + 2 * self.num_stages)
             cute.arch.mbarrier_init_fence()
+        if const_expr(self.split_k > 1):
+            cute.arch.cluster_arrive_relaxed()
         if const_expr(self.overlap):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
         table = start + self.arrays.table
         num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()
-        if const_expr(self.ctas > 1):  # no barrier of another CTA is touched before it is there
+        if const_expr(self.cluster > 1):
             cute.arch.cluster_arrive()
+        if const_expr(self.ctas > 1):  # no barrier of another CTA is touched before it is there
             cute.arch.cluster_wait()
         stage = Int32(0)
         if group == 0:
@@ -213,7 +216,9 @@ class WgmmaKernel:
                             ring = (base, start, barriers, stage, phase, turn)
                             stage, phase = self.run_tile(s, v, ring, at, mmas[s][v], layouts[s], y, activations, tid)
                 turn ^= 1
-        if const_expr(self.ctas > 1):  # nor after it is gone
+            if const_expr(self.split_k > 1):
+                self.slots[0].cluster_sums[-1].finish(barriers + 2 * self.num_stages, rank, turn)
+        if const_expr(self.cluster > 1):  # nor after it is gone
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
