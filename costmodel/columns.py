@@ -33,7 +33,7 @@ _GROWING = (
 )
 _OF_CONFIG = (
     *("tile_m", "tile_n", "warps_m", "warps_n", "num_stages", "ctas_per_sm", "is_wgmma", "is_along_features"),
-    *("cluster", "least_width"),
+    *("cluster", "split_k", "least_width"),
 )
 _OF_SCHEMES = (
     *("num_slots", "weight_bits", "least_weight_bits", "most_weight_bits", "grouped_share", "zero_point_share"),

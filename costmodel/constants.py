@@ -102,6 +102,12 @@ class AnalyticConstants:
     """wgmma family: one token row's bulk store, which the lanes of a warp start in turn: nine instructions, three of
     them moves to uniform registers. A guess from that."""
 
+    sm_to_sm_latency_cycles: float = 180.0
+    """Load to use in another SM's shared memory within a cluster: H100, arXiv 2402.13499."""
+
+    sm_to_sm_bytes_per_clock: float = 14.0
+    """Into one SM's shared memory, clusters of two: 3.27 TB/s over all SMs of an H100 (arXiv 2402.13499)."""
+
     prologue_cycles: float = 2500.0
     """Tile table: two dependent global reads, a scan over the experts, barriers; then the first stage from DRAM. A
     guess from the parts."""

@@ -133,6 +133,7 @@ def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -
         "is_wgmma": [config.family is Family.WGMMA for config in configs],
         "is_along_features": [config.raster is Raster.ALONG_FEATURES for config in configs],
         "cluster": [config.cluster for config in configs],
+        "split_k": [config.split_k for config in configs],
         "least_width": [config.token_widths[0] / config.tile.n for config in configs],
         "num_slots": [len(slots) for slots in by_slot],
         "weight_bits": of_scheme({scheme: scheme.weight_bits for scheme in every}),

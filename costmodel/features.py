@@ -123,8 +123,9 @@ class Kernels:
         columns = {field.name: getattr(self._table, field.name)[use_of] for field in _TABLE_FIELDS}
         of_rows = splits[:, self._group_of_use[use_of], load_of]
         columns.update(zip(_SPLIT, of_rows, strict=True))
-        columns["num_tiles"] = columns["num_token_tiles"] * columns["num_feature_tiles"][:, None]
-        columns["num_full_tiles"] = columns["num_full_tiles"] * columns["num_feature_tiles"][:, None]
+        parts = (columns["num_feature_tiles"] * columns["split_k"])[:, None]
+        columns["num_tiles"] = columns["num_token_tiles"] * parts
+        columns["num_full_tiles"] = columns["num_full_tiles"] * parts
         columns["num_experts"] = num_experts
         return LaunchTable(**columns)
 

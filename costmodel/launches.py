@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from costmodel.constants import MMA_K
 from costmodel.facts import BuildFacts
-from costmodel.work import expert_weight_bytes, split_load, tile_work, token_bytes
+from costmodel.work import expert_weight_bytes, part_k_tiles, split_load, tile_work, token_bytes
 from profiles.errors import SpecError
 from profiles.gpus import Math
 from profiles.kernels import Family, GemmShape, KernelConfig, Raster
@@ -62,7 +62,9 @@ class Launch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTable:
     """R launches in columns: [R], or [R, S] with S slots (distinct schemes of a launch); unused slots hold zeros and
-    `used` is false. `num_full_tiles` counts a tile of fewer tokens as the part of a full one that it is.
+    `used` is false. `num_tiles` are what CTAs take one of at a time: with split-K parts of output tiles, the longest of
+    which has `chain_k_tiles` of the tile's `num_k_tiles`. `num_full_tiles` counts a tile of fewer tokens as the part of
+    a full one that it is.
     """
 
     n: Array
@@ -72,6 +74,7 @@ class LaunchTable:
     num_warps: Array
     num_stages: Array
     num_feature_tiles: Array
+    split_k: Array
     is_along_tokens: npt.NDArray[np.bool_]
     is_mma_family: npt.NDArray[np.bool_]
     used: npt.NDArray[np.bool_]
@@ -83,6 +86,7 @@ class LaunchTable:
     num_tiles: Array
     num_full_tiles: Array
     num_k_tiles: Array
+    chain_k_tiles: Array
     mma_k: Array
     k_steps: Array
     k_tile_mmas: Array
@@ -97,6 +101,7 @@ class LaunchTable:
     epilogue_instructions: Array
     stores_in_turn: Array
     output_bytes: Array
+    partial_sum_bytes: Array
     expert_weight_bytes: Array
     token_bytes: Array
 
@@ -132,6 +137,7 @@ class LaunchTable:
             num_warps=_column([config.warps.num_warps for config in configs]),
             num_stages=_column([config.num_stages for config in configs]),
             num_feature_tiles=_column([-(-launch.shape.n // launch.config.tile.m) for launch in launches]),
+            split_k=_column([config.split_k for config in configs]),
             is_along_tokens=np.asarray([config.raster is Raster.ALONG_TOKENS for config in configs], dtype=np.bool_),
             is_mma_family=np.asarray([config.family is Family.MMA for config in configs], dtype=np.bool_),
             used=used,
@@ -148,14 +154,16 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
     """A slot's entries in the [R, S] columns, from num_tokens on."""
     shape, config = launch.shape, launch.config
     work, split = tile_work(config, scheme), split_load(tokens, config.token_widths)
+    parts = -(-shape.n // config.tile.m) * config.split_k
     return {
         "num_tokens": split.num_tokens,
         "num_active": split.num_active_experts,
         "num_token_tiles": split.num_token_tiles,
         "max_tokens": split.max_tokens,
-        "num_tiles": split.num_token_tiles * -(-shape.n // config.tile.m),
-        "num_full_tiles": split.full_token_tiles * -(-shape.n // config.tile.m),
+        "num_tiles": split.num_token_tiles * parts,
+        "num_full_tiles": split.full_token_tiles * parts,
         "num_k_tiles": -(-shape.k // work.k_tile),
+        "chain_k_tiles": part_k_tiles(scheme, shape.k, config.split_k),
         "mma_k": MMA_K[scheme.math],
         "k_steps": work.k_steps,
         "k_tile_mmas": work.k_tile_mmas,
@@ -170,6 +178,7 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
         "epilogue_instructions": work.epilogue_instructions,
         "stores_in_turn": work.stores_in_turn,
         "output_bytes": work.output_bytes,
+        "partial_sum_bytes": work.partial_sum_bytes,
         "expert_weight_bytes": expert_weight_bytes(scheme, shape.n, shape.k),
         "token_bytes": token_bytes(scheme, shape.k),
     }

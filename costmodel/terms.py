@@ -81,7 +81,7 @@ class Terms:
         is_mma = t.is_mma_family[:, None]
         schedulers = np.minimum(ctas * t.num_warps[:, None], float(SUB_PARTITIONS_PER_SM))
         issue_rate = schedulers * c.issue_fraction
-        iterations = t.num_k_tiles
+        iterations = t.chain_k_tiles
         mma_clocks = t.mma_k * FLOPS_PER_MMA_K1 / self.flops_per_clock_per_sm * SUB_PARTITIONS_PER_SM
         epilogue_issue = ctas * t.epilogue_instructions / issue_rate
         # cp.async's family stores its outputs itself, wgmma's leaves that to bulk copies beside the next tile.
@@ -100,6 +100,11 @@ class Terms:
             + np.where(is_mma, output, 0.0)
             + np.where(is_mma, 0.0, c.wgmma_drain_cycles + t.stores_in_turn * c.wgmma_store_cycles)
             + c.tile_overhead_cycles
+            + np.where(
+                t.partial_sum_bytes > 0,
+                c.sm_to_sm_latency_cycles + t.partial_sum_bytes / c.sm_to_sm_bytes_per_clock,
+                0.0,
+            )
         )
         total = norm(list(clocks.values()), np.where(is_mma, c.overlap_squarings, c.wgmma_overlap_squarings)) + epilogue
         per_us = {name: np.broadcast_to(value, total.shape) / self.clocks_per_us for name, value in clocks.items()}
@@ -164,7 +169,9 @@ class Terms:
         """Operations that the tensor cores are given, padding included, [R]."""
         t = self.table
         return np.asarray(
-            (t.num_full_tiles * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(axis=1),
+            (t.num_full_tiles / t.split_k[:, None] * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(
+                axis=1
+            ),
             dtype=np.float64,
         )
 

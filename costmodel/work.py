@@ -72,7 +72,8 @@ class TileWork:
     some. `exposed_k_steps` are the k-steps of an iteration whose results a warp waits for, and
     `serial_instructions_of_a_warp` what it does while its own MMAs stand still; `instructions_of_a_warp` are all of one
     that multiplies. `stores_in_turn` are the bulk stores,
-    a token row each, that the lanes of one warp start one after another.
+    a token row each, that the lanes of one warp start one after another. `partial_sum_bytes` are what the CTA that
+    stores a tile gets from those that share its reduction.
     """
 
     math: Math
@@ -91,6 +92,7 @@ class TileWork:
     epilogue_instructions: float
     stores_in_turn: int
     output_bytes: float
+    partial_sum_bytes: float
 
     @property
     def k_tile_bytes(self) -> float:
@@ -135,6 +137,7 @@ def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _EPILOGUE_INSTRUCTIONS,
         stores_in_turn=0,
         output_bytes=2.0 * rows * tokens,
+        partial_sum_bytes=0.0,
     )
 
 
@@ -175,6 +178,7 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _wgmma_epilogue_instructions(scheme),
         stores_in_turn=min(tokens, THREADS_PER_WARP) * -(-tokens // (warps * THREADS_PER_WARP)),
         output_bytes=2.0 * rows * tokens,
+        partial_sum_bytes=4.0 * rows * tokens * (config.split_k - 1),
     )
 
 
@@ -246,6 +250,13 @@ def split_load(tokens_per_expert: tuple[int, ...], token_widths: tuple[int, ...]
         full_token_tiles=float((full * token_widths[-1] + last).sum()) / token_widths[-1],
         max_tokens=int(tokens.max(initial=0)),
     )
+
+
+def part_k_tiles(scheme: QuantScheme, k: int, parts: int) -> int:
+    """k-tiles of the longest of `parts` parts of a reduction, which are cut between groups of scales."""
+    whole = 1 if scheme.group_size == -1 else max(scheme.group_size // K_TILE[scheme.math], 1)
+    k_tiles = -(-k // K_TILE[scheme.math])
+    return min(-(-k_tiles // (whole * parts)) * whole, k_tiles)
 
 
 def expert_weight_bytes(scheme: QuantScheme, n: int, k: int) -> float:

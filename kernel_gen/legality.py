@@ -210,7 +210,10 @@ def _wgmma_structure_reasons(config: KernelConfig) -> Iterator[str]:
     if config.split_k not in SPLITS:
         yield f"split-K {config.split_k}: 1, 2 or 4 CTAs share a tile's reduction"
     if config.split_k > 1 and config.cluster > 1:
-        yield f"split-K {config.split_k} in a cluster of {config.cluster}: CTAs share a tile's k-tiles or loads of tokens"
+        yield (
+            f"split-K {config.split_k} in a cluster of {config.cluster}: its CTAs share k-tiles or the loads of"
+            " tokens, not both"
+        )
     if config.tail and (config.tail % TAIL_STEP or config.tail == tile.n or config.tail not in config.token_widths):
         yield f"tail {config.tail}: a multiple of {TAIL_STEP} that is a half, a quarter, ... of tile.n {tile.n}"
     elif (widths := len(config.token_widths)) > MAX_WIDTHS:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from kernel_gen.legality import ARCHITECTURES, estimated_facts, reasons
+from kernel_gen.legality import ARCHITECTURES, SPLITS, estimated_facts, reasons
 from profiles.gpus import GpuSpec
 from profiles.kernels import Family, KernelConfig, Raster, TileShape, WarpLayout
 from profiles.schemes import QuantScheme
@@ -52,6 +52,8 @@ class WgmmaBand:
     stages: tuple[int, ...]
 
 
+FEW_TOKENS = 16
+"""Up to here split-K is considered: wider tiles wait for the tensor cores, and their sums are large."""
 WIDE_TOKENS = 64
 """From here on narrower last tiles and clusters are considered."""
 WGMMA_TILES = tuple((64 * warpgroups * units, 4 * warpgroups) for warpgroups in (1, 2, 3) for units in (1, 2))
@@ -81,6 +83,7 @@ class QuickPick:
     beside_wgmma: bool = False
     cluster: int = 1
     tails: tuple[int, ...] = (0,)
+    split_k: int = 1
 
 
 def _wgmma(
@@ -92,6 +95,7 @@ def _wgmma(
     *,
     cluster: int = 1,
     tail: int = 0,
+    split_k: int = 1,
 ) -> QuickPick:
     """With a tail where the registers allow the k loops for it, else without."""
     return QuickPick(
@@ -103,6 +107,7 @@ def _wgmma(
         max_stages=max_stages,
         cluster=cluster,
         tails=(tail, 0) if tail else (0,),
+        split_k=split_k,
     )
 
 
@@ -264,17 +269,31 @@ def _full_mma() -> Iterator[KernelConfig]:
 def _full_wgmma() -> Iterator[KernelConfig]:
     for (tile_m, warps_m), band in itertools.product(WGMMA_TILES, WGMMA_BANDS):
         for tile_n, stages, raster, ctas in itertools.product(band.tile_n, band.stages, Raster, band.ctas_per_sm):
-            for cluster, tail in _sharings(tile_n, ctas):
-                yield _config(Family.WGMMA, tile_m, tile_n, WarpLayout(m=warps_m), stages, raster, ctas, cluster, tail)
+            for cluster, tail, split_k in _sharings(tile_n, ctas):
+                yield _config(
+                    Family.WGMMA,
+                    tile_m,
+                    tile_n,
+                    WarpLayout(m=warps_m),
+                    stages,
+                    raster,
+                    ctas,
+                    cluster=cluster,
+                    tail=tail,
+                    split_k=split_k,
+                )
 
 
-def _sharings(tile_n: int, ctas: int) -> Iterator[tuple[int, int]]:
-    """(cluster, tail) worth considering: tails down to a quarter or a half of a wide tile; then also clusters."""
-    yield 1, 0
+def _sharings(tile_n: int, ctas: int) -> Iterator[tuple[int, int, int]]:
+    """(cluster, tail, split_k) worth considering: split-K of narrow tiles; tails down to a quarter or a half of a wide
+    tile; then also clusters.
+    """
+    for split_k in SPLITS if tile_n <= FEW_TOKENS else (1,):
+        yield 1, 0, split_k
     tail = next((tile_n // parts for parts in (4, 2) if tile_n % (16 * parts) == 0), 0)
     if tile_n >= WIDE_TOKENS and ctas == 1 and tail:
-        yield 1, tail
-        yield 2, tail
+        yield 1, tail, 1
+        yield 2, tail, 1
 
 
 def _is_sensible(tile_m: int, tile_n: int, warps: WarpLayout) -> bool:
@@ -294,7 +313,18 @@ def _members(pick: QuickPick) -> Iterator[KernelConfig]:
     warps = WarpLayout(m=pick.warps_m, n=pick.warps_n)
     for ctas, tail in itertools.product(pick.ctas_per_sm, pick.tails):
         for stages in range(pick.max_stages, (3 if ctas > 1 else 2) - 1, -1):
-            yield _config(pick.family, pick.tile_m, pick.tile_n, warps, stages, pick.raster, ctas, pick.cluster, tail)
+            yield _config(
+                pick.family,
+                pick.tile_m,
+                pick.tile_n,
+                warps,
+                stages,
+                pick.raster,
+                ctas,
+                cluster=pick.cluster,
+                tail=tail,
+                split_k=pick.split_k,
+            )
 
 
 def _config(
@@ -305,15 +335,17 @@ def _config(
     stages: int,
     raster: Raster,
     ctas: int,
+    *,
     cluster: int = 1,
     tail: int = 0,
+    split_k: int = 1,
 ) -> KernelConfig:
     return KernelConfig(
         family=family,
         tile=TileShape(m=tile_m, n=tile_n),
         warps=warps,
         num_stages=stages,
-        split_k=1,
+        split_k=split_k,
         raster=raster,
         min_ctas_per_sm=ctas,
         cluster=cluster,

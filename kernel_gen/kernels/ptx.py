@@ -113,8 +113,7 @@ def remote(smem, rank):
 
 
 def st_async_128(address, values, barrier):
-    """sm_90: four 32-bit values to another CTA's shared memory; the mbarrier there counts 16 bytes when they have come.
-    """
+    """sm_90: four 32-bit values to another CTA's shared memory; the mbarrier there counts 16 bytes as they come."""
     _ptx(
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [{$r0}], {{$r1},{$r2},{$r3},{$r4}}, [{$r5}];",
         read_only_args=[address, *values, barrier],

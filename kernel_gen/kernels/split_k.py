@@ -7,7 +7,7 @@ stores the tile. Nothing is allocated, and no other memory is touched.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 
 from kernel_gen.kernels import ptx
 
