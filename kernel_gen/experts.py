@@ -94,7 +94,7 @@ class Experts:
         every replay.
 
         The plan lists experts of slow tiles first (wide activations, then wide weights), so that no long tile is left
-        for the end.
+        for the end. SpecError for a slot that is missing, or inside a graph capture, which cannot copy new tables.
         """
         missing = [scheme.name for scheme in self.schemes if scheme not in slots]
         if missing:
@@ -102,6 +102,11 @@ class Experts:
                 f"experts: schemes {missing} are not among the kernel's {[scheme.name for scheme in slots]}"
             )
         if slots not in self._bindings:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise SpecError(
+                    "experts: expected them launched by this kernel before, since a graph capture cannot copy their "
+                    "tables, got their first launch"
+                )
             rows = [
                 (stack.scheme.activation_bits, stack.scheme.weight_bits, expert, slots.index(stack.scheme), index)
                 for stack, experts in zip(self.stacks, self.members, strict=True)

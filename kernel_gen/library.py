@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -13,7 +15,7 @@ from kernel_gen.bundle import Bundle, write_bundle
 from kernel_gen.experts import Experts
 from kernel_gen.kernels import KernelSpec, StepSpec
 from kernel_gen.runtime import Kernel
-from kernel_gen.select import choose, table_size
+from kernel_gen.select import choose, rounded_rows, table_size
 from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GPUS, GpuSpec
 from profiles.kernels import KernelConfig
@@ -35,6 +37,10 @@ class KernelLibrary:
         self.gpu, self.bundle = gpu, bundle
         self._loaded: dict[KernelSpec, Kernel] = {}
         self._steps: dict[StepSpec, Callable[..., None]] = {}
+        self._best_of: weakref.WeakKeyDictionary[Experts, dict[tuple[int, bool, bool], Kernel]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._fitting_of: dict[tuple[frozenset[QuantScheme], int, bool, bool], dict[KernelConfig, KernelSpec]] = {}
 
     @classmethod
     def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path) -> Self:
@@ -48,10 +54,25 @@ class KernelLibrary:
         return cls(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
 
     def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
-        """The kernel that the latency model ranks first for these experts and so many rows of X."""
-        config = choose(experts.scheme_of_expert, experts.n, experts.k, num_rows, self.gpu)
-        size = table_size(experts.num_experts)
-        return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
+        """The kernel that the latency model ranks first for these experts and so many rows of X, of the bundle's if
+        there is one. SpecError where the bundle has none for them.
+
+        Found once for batch sizes that `choose` does not tell apart: to compare the schemes of a hundred experts takes
+        longer than a launch.
+        """
+        known = self._best_of.setdefault(experts, {})
+        key = (rounded_rows(num_rows), swiglu, overlap)
+        if key not in known:
+            known[key] = self._find(experts, num_rows, swiglu=swiglu, overlap=overlap)
+        return known[key]
+
+    def _find(self, experts: Experts, num_rows: int, *, swiglu: bool, overlap: bool) -> Kernel:
+        per_expert, n, k, size = experts.scheme_of_expert, experts.n, experts.k, table_size(experts.num_experts)
+        if self.bundle is None:
+            config = choose(per_expert, n, k, num_rows, self.gpu)
+            return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
+        fitting = self._fitting(frozenset(experts.schemes), size, swiglu, overlap)
+        return self._kernel(fitting[choose(per_expert, n, k, num_rows, self.gpu, among=tuple(fitting))])
 
     def kernel(
         self,
@@ -65,16 +86,47 @@ class KernelLibrary:
         """A certain kernel. UnsupportedError if the bundle lacks it."""
         spec = KernelSpec(
             config=config,
-            schemes=tuple(sorted(schemes, key=lambda scheme: scheme.name)),
+            schemes=schemes,
             arch=self.gpu.arch,
             max_experts=max_experts,
             swiglu=swiglu,
             overlap=overlap,
         )
+        return self._kernel(_by_name(spec))
+
+    def _kernel(self, spec: KernelSpec) -> Kernel:
         if spec not in self._loaded:
             _require_no_capture(spec.label)
             self._loaded[spec] = self._bundled(spec) if self.bundle is not None else _compiled(spec)
         return self._loaded[spec]
+
+    def _fitting(
+        self, schemes: frozenset[QuantScheme], size: int, swiglu: bool, overlap: bool
+    ) -> dict[KernelConfig, KernelSpec]:
+        """The bundle's kernels that run these schemes in one launch, by configuration; of two the one with fewer slots
+        and a smaller table.
+        """
+        assert self.bundle is not None
+        key = (schemes, size, swiglu, overlap)
+        if key not in self._fitting_of:
+            specs = [built.spec for built in self.bundle.kernels]
+            fits = [
+                spec
+                for spec in specs
+                if schemes <= set(spec.schemes)
+                and size <= spec.max_experts
+                and (spec.swiglu, spec.overlap) == (swiglu, overlap)
+            ]
+            if not fits:
+                kernels = sorted({"+".join(scheme.name for scheme in spec.schemes) for spec in specs})
+                wanted = "+".join(sorted(scheme.name for scheme in schemes)) + "/swiglu" * swiglu + "/overlap" * overlap
+                raise SpecError(
+                    f"experts: expected schemes that a kernel of the bundle {self.bundle.path} has "
+                    f"({', '.join(kernels)}), got {wanted} with a table of {size} experts"
+                )
+            fits.sort(key=lambda spec: (len(spec.schemes), spec.max_experts), reverse=True)
+            self._fitting_of[key] = {spec.config: spec for spec in fits}
+        return self._fitting_of[key]
 
     def step(self, spec: StepSpec) -> Callable[..., None]:
         """One of a layer's steps around its GEMMs. UnsupportedError from a bundle, which has none."""
@@ -88,9 +140,14 @@ class KernelLibrary:
     def _bundled(self, spec: KernelSpec) -> Kernel:
         assert self.bundle is not None
         for built in self.bundle.kernels:
-            if built.spec == spec:
-                return Kernel(spec, self.bundle.function(built), built.facts.ctas_per_sm)
+            if _by_name(built.spec) == _by_name(spec):
+                return Kernel(built.spec, self.bundle.function(built), built.facts.ctas_per_sm)
         raise UnsupportedError(f"{spec.label}", [f"the bundle {self.bundle.path} lacks it"])
+
+
+def _by_name(spec: KernelSpec) -> KernelSpec:
+    """The kernel with its slots in the order of their names, whatever order they were asked for in."""
+    return dataclasses.replace(spec, schemes=tuple(sorted(spec.schemes, key=lambda scheme: scheme.name)))
 
 
 def _compiled(spec: KernelSpec) -> Kernel:

@@ -19,20 +19,36 @@ from profiles.loads import TokenLoad
 from profiles.schemes import QuantScheme
 
 
-def choose(schemes: Sequence[QuantScheme], n: int, k: int, num_rows: int, gpu: GpuSpec) -> KernelConfig:
-    """The configuration for a launch of `num_rows` rows spread evenly over experts with these schemes, one each.
+def choose(
+    schemes: Sequence[QuantScheme],
+    n: int,
+    k: int,
+    num_rows: int,
+    gpu: GpuSpec,
+    *,
+    among: tuple[KernelConfig, ...] | None = None,
+) -> KernelConfig:
+    """The configuration for a launch of `num_rows` rows spread evenly over experts with these schemes, one each; one of
+    `among`, which were built for them, by default of all that are legal.
 
     The host does not know the real load (that would wait for the GPU), so rows are rounded up to a power of two: a
     handful of kernels serve every batch size. UnsupportedError where no configuration runs these schemes together.
     """
-    return _choose(tuple(schemes), n, k, max(1, 1 << (num_rows - 1).bit_length()), gpu)
+    return _choose(tuple(schemes), n, k, rounded_rows(num_rows), gpu, among)
+
+
+def rounded_rows(num_rows: int) -> int:
+    """The next power of two: batch sizes that share it share a choice."""
+    return max(1, 1 << (num_rows - 1).bit_length())
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(schemes: tuple[QuantScheme, ...], n: int, k: int, rows: int, gpu: GpuSpec) -> KernelConfig:
+def _choose(
+    schemes: tuple[QuantScheme, ...], n: int, k: int, rows: int, gpu: GpuSpec, among: tuple[KernelConfig, ...] | None
+) -> KernelConfig:
     slots = tuple(dict.fromkeys(schemes))
     max_experts = table_size(len(schemes))
-    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts)
+    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts) if among is None else among
     if not configs:
         raise UnsupportedError(
             f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}", ["no configuration is legal"]
