@@ -20,7 +20,7 @@ from costmodel.analytic import model_version
 from costmodel.calibration import FACTORS, CalibratedCore
 from costmodel.columns import FEATURES
 from costmodel.conformal import POOLED, Conformal
-from costmodel.forest import Forest
+from costmodel.forest import MAX_DEPTH, Forest
 from costmodel.model import LatencyModel
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
@@ -167,7 +167,7 @@ def _model(header: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) ->
 def _forest(base: float, arrays: Mapping[str, npt.NDArray[Any]]) -> Forest:
     features = _array(arrays, "tree_features", np.int32, (None, None))
     trees, depth = features.shape
-    if not 1 <= depth <= 8 or features.min(initial=0) < 0 or features.max(initial=0) >= len(FEATURES):
+    if not 1 <= depth <= MAX_DEPTH or features.min(initial=0) < 0 or features.max(initial=0) >= len(FEATURES):
         raise ValueError("questions on features that do not exist")
     thresholds = _array(arrays, "tree_thresholds", np.float32, (trees, depth), may_be_infinite=True)
     leaves = _array(arrays, "tree_leaves", np.float64, (trees, 1 << depth))
