@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bench.layer.building import Plan, build_gemms, build_steps, load_steps, specs_needed, steps_needed
+from bench.kernel_sets import bundle_of
+from bench.layer.building import Plan, build_steps, load_steps, specs_needed, steps_needed
 from bench.layer.measuring import FAILURES, Device
 from bench.layer.tuning import TunedLibrary
 from kernel_gen.library import library_of
@@ -34,12 +35,10 @@ def open_device(plan: Plan, folder: Path) -> Device:
         versions["triton"] = triton.__version__
         failures += (triton.TritonError,)
     steps = load_steps(build_steps(steps_needed(plan)), folder)
-    bundle = build_gemms(specs_needed(plan), plan.gpu, folder)
-    assert bundle is not None
     return Device(
         gpu=plan.gpu,
         clock=GpuClock(),
-        kernels=TunedLibrary(plan.gpu, bundle, steps),
+        kernels=TunedLibrary(plan.gpu, bundle_of(specs_needed(plan), plan.gpu, folder), steps),
         l2_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
         versions=versions,
         failures=failures,

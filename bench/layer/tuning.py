@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from costmodel.analytic import launch_latencies
-from costmodel.launches import Launch
+from bench.kernel_sets import TRIES
 from kernel_gen.bundle import Bundle
 from kernel_gen.experts import Experts
 from kernel_gen.kernels import StepSpec
-from kernel_gen.legality import estimated_facts
 from kernel_gen.library import KernelLibrary
 from kernel_gen.runtime import Activations, Kernel
 from kernel_gen.select import table_size
-from kernel_gen.space import Effort, candidates
 from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GpuSpec
-from profiles.kernels import GemmShape, KernelConfig
-from profiles.loads import TokenLoad
+from profiles.kernels import KernelConfig
 from profiles.schemes import QuantScheme
 
-TRIES = 7
-"""Samples of each candidate, launched alone with L2 flushed: all hold the same cost of a replay."""
 TimeSingle = Callable[[Callable[[], None], int], float]
 """kernel_gen.timing.GpuClock.time_single."""
-
-
-@functools.cache
-def ranked(
-    per_expert: tuple[QuantScheme, ...], n: int, k: int, counts: tuple[int, ...], gpu: GpuSpec, num_configs: int
-) -> tuple[KernelConfig, ...]:
-    """The configurations that the latency model puts first for these experts and their tokens, best first."""
-    slots = tuple(dict.fromkeys(per_expert))
-    max_experts = table_size(len(per_expert))
-    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts)
-    load = TokenLoad(tokens_per_expert=counts, source="drawn")
-    launches = [
-        Launch(
-            shape=GemmShape(m=load.total, n=n, k=k),
-            load=load,
-            schemes=per_expert,
-            config=config,
-            facts=estimated_facts(config, slots, gpu, max_experts=max_experts),
-        )
-        for config in configs
-    ]
-    if not launches:
-        return ()
-    order = launch_latencies(gpu, launches)["latency_us"].to_numpy().argsort(kind="stable")
-    return tuple(configs[index] for index in order[:num_configs])
 
 
 class TunedLibrary(KernelLibrary):
