@@ -133,9 +133,14 @@ def read(path: str | os.PathLike[str]) -> FittedModel:
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+        with path.open("rb") as handle:
+            if not zipfile.is_zipfile(handle):
+                raise DataError(f"{path}: not a latency model, truncated or foreign")
+        with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
     except (
         OSError,
         ValueError,
