@@ -60,7 +60,7 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
     UserError: no GPU that can be used, options that cannot be, a folder that cannot be written.
     """
     from bench.peers.device import check_gpu, open_device
-    from bench.peers.measured_report import measured_markdown
+    from bench.peers.measured_report import measured_markdown, of_roofline
     from bench.peers.measuring import measure, read_measured, specs_of
 
     cells, gpu = _cells(arguments), check_gpu()
@@ -79,8 +79,10 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
                 if seconds > arguments.seconds:
                     print("out of time; the same command goes on", file=sys.stderr)
                     break
-        text = measured_markdown(read_measured(path), read_peers(), command=command)
+        measured = read_measured(path)
+        text = measured_markdown(measured, read_peers(), command=command)
         write_text(text, arguments.out / "measured.md")
+        plot.draw(of_roofline(measured), read_peers(), arguments.out / "measured.png", band="one launch a replay")
     except OSError as error:
         raise _unwritable(arguments.out, error) from error
     return text

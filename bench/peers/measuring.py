@@ -24,7 +24,8 @@ import torch
 
 from bench.kernel_sets import TRIES, ranked
 from bench.peers.contenders import OURS, Contender, Entry, Kernels, contenders
-from bench.peers.roofline import roofline
+from bench.peers.recorded import roofline_bar
+from bench.peers.roofline import Roofline, roofline
 from bench.peers.routing import Draw, draw_load
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.measure import Inputs, Launch, LaunchError, Weights, verify
@@ -113,6 +114,11 @@ class Cell:
         """The tokens of each expert."""
         shape = model(self.model)
         return draw_load(self.draw, shape.num_experts, self.tokens, shape.top_k, self.seed)
+
+    @property
+    def roofline(self) -> Roofline:
+        """The launch's least time."""
+        return roofline(self.scheme, self.workload.n, self.workload.k, self.load.tokens_per_expert)
 
 
 def our_configs(cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame, number: int = NUM_CONFIGS) -> list[KernelConfig]:
@@ -243,7 +249,6 @@ def _row(
 ) -> dict[str, Any]:
     medians = sorted(timing.median_us for timing in timings)
     latency = statistics.median(medians)
-    limit = roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert)
     return {
         **_base(cell, contender.name, contender.config, device),
         "status": Status.OK.value,
@@ -255,8 +260,7 @@ def _row(
         "single_us": single_us,
         "num_samples": sum(timing.num_samples for timing in timings),
         **{name: statistics.median(getattr(timing, name) for timing in timings) for name in CLOCKS},
-        "roofline_us": limit.us,
-        "fraction": limit.us / latency,
+        "fraction": cell.roofline.us / latency,
     }
 
 
@@ -272,7 +276,6 @@ def _failure(
         "context_lost": isinstance(error, (torch.AcceleratorError, LaunchError)),
         **dict.fromkeys(("latency_us", "least_us", "most_us", "single_us", *CLOCKS), math.nan),
         "num_samples": 0,
-        "roofline_us": roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert).us,
         "fraction": math.nan,
     }
 
@@ -291,6 +294,10 @@ def _base(cell: Cell, name: str, config: str, device: Device) -> dict[str, Any]:
     return {
         **dict(zip(CELL, cell.key, strict=True)),
         "load_source": cell.load.source,
+        "roofline_us": cell.roofline.us,
+        "min_bytes": cell.roofline.min_bytes,
+        "is_memory_bound": cell.roofline.is_memory_bound,
+        "bar": roofline_bar(cell.roofline, cell.tokens),
         "contender": name,
         "config": config,
         "gpu": device.gpu.name,

@@ -236,7 +236,7 @@ def test_without_a_gpu_a_measured_run_is_refused(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
-    from bench.peers.measured_report import against_published, best, measured_markdown
+    from bench.peers.measured_report import against_published, best, measured_markdown, of_roofline
     from bench.peers.measuring import measure, read_measured
 
     recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
@@ -253,7 +253,14 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     cells = against_published(found, {(MODEL, "gate_up", 16, PeerClass.W4A16): peer})
     own = found[(found["scheme"] == "w4a16_g128_sym") & (found["contender"] == "bitile")]
     assert list(cells["ratio"]) == pytest.approx([own["roofline_us"].iloc[0] / own["single_us"].min() / 0.5])
+    bars = of_roofline(found).set_index("scheme")
+    assert set(bars.index) == {"w16a16", "w4a16_g128_sym"}
+    assert bars["fraction_with_floor"]["w4a16_g128_sym"] == pytest.approx(
+        own["roofline_us"].iloc[0] / own["single_us"].min()
+    )
+    assert set(bars["roofline_bar"]) == {0.7}
     text = measured_markdown(found, {}, command="it")
+    assert "| w16a16 | memory | 0.70 |" in text
     assert f"theirs over ours {fastest.loc['w16a16', 'ratio']:.2f}" in text
     path.write_bytes(b"no Parquet")
     with pytest.raises(DataError, match="remove it"):
