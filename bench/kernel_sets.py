@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 
 from costmodel.analytic import launch_latencies
 from costmodel.launches import Launch
-from kernel_gen.build import GatedKernels, compile_and_gate
-from kernel_gen.bundle import Bundle, write_bundle
+from kernel_gen.build import compile_and_gate
 from kernel_gen.cache import KernelCache, default_cache_dir
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.legality import estimated_facts
 from kernel_gen.select import table_size
 from kernel_gen.space import Effort, candidates
-from kernel_gen.sweeping.progress import phase
+from kernel_gen.sweeping.progress import Phase, phase
 from profiles.gpus import GpuSpec
 from profiles.kernels import GemmShape, KernelConfig
 from profiles.loads import TokenLoad
@@ -50,13 +49,11 @@ def ranked(
     return tuple(configs[index] for index in order[:num_configs])
 
 
-def compile_all(specs: Sequence[KernelSpec], gpu: GpuSpec) -> GatedKernels:
-    """Compiles what the cache lacks, with progress on stderr."""
-    cache = KernelCache(root=default_cache_dir())
-    return compile_and_gate(specs, gpu, cache, track=lambda number: phase("compiling", number, live=True))
+def progress(num_kernels: int) -> AbstractContextManager[Phase]:
+    """Of compiling, on stderr."""
+    return phase("compiling", num_kernels, live=True)
 
 
-def bundle_of(specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path) -> Bundle:
-    """The same, and all that passed the gate linked into a bundle in `folder`. UserError when none did."""
-    gated = compile_all(specs, gpu)
-    return write_bundle(folder, gpu, gated.kept, gated.refused)
+def compile_all(specs: Sequence[KernelSpec], gpu: GpuSpec) -> None:
+    """Compiles what the cache lacks, with progress."""
+    compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=progress)

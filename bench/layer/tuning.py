@@ -23,18 +23,15 @@ TimeSingle = Callable[[Callable[[], None], int], float]
 
 
 class TunedLibrary(KernelLibrary):
-    """GEMMs from a bundle, of which `tune` chose one for each linear and number of rows; steps that were built before.
+    """GEMMs from a bundle, of which `tune` chose one for each linear and number of rows, and steps from `add_steps`."""
 
-    Args:
-        gpu: what torch's device is.
-        bundle: GEMM kernels.
-        steps: a layer's other kernels.
-    """
-
-    def __init__(self, gpu: GpuSpec, bundle: Bundle, steps: Mapping[StepSpec, Callable[..., None]]) -> None:
+    def __init__(self, gpu: GpuSpec, bundle: Bundle | None = None) -> None:
         super().__init__(gpu, bundle)
-        self._steps.update(steps)
         self._chosen: dict[tuple[tuple[QuantScheme, ...], int, int, int], Kernel] = {}
+
+    def add_steps(self, steps: Mapping[StepSpec, Callable[..., None]]) -> None:
+        """A layer's other kernels, made before."""
+        self._steps.update(steps)
 
     def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
         """What `tune` chose, with these options. SpecError where it did not choose."""

@@ -76,7 +76,7 @@ class CpuLibrary(TunedLibrary):
     """Refuses configurations by name, to see that the others are tried."""
 
     def __init__(self):
-        super().__init__(H200, SimpleNamespace(gpu=H200, path="nowhere", kernels=()), {})
+        super().__init__(H200, SimpleNamespace(gpu=H200, path="nowhere", kernels=()))
         self.refused: set[str] = set()
         self.options: set[tuple[bool, bool]] = set()
 
