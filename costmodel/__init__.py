@@ -24,6 +24,13 @@ drift       what changed since a model was fitted; recalibration: correct it; re
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from costmodel.model import LatencyModel
+    from costmodel.model_file import FittedModel
+    from costmodel.pricing import cost_table
+    from costmodel.table import CostTable
 
 _HOMES = {
     "CostTable": "costmodel.table",

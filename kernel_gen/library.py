@@ -7,11 +7,11 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
-from kernel_gen.bundle import Bundle, write_bundle
+from kernel_gen.bundle import Bundle, BundledKernel, write_bundle
 from kernel_gen.experts import Experts
 from kernel_gen.kernels import KernelSpec, StepSpec
 from kernel_gen.runtime import Kernel
@@ -20,6 +20,9 @@ from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GPUS, GpuSpec
 from profiles.kernels import KernelConfig
 from profiles.schemes import QuantScheme
+
+if TYPE_CHECKING:
+    from kernel_gen.build import Track
 
 
 class KernelLibrary:
@@ -43,14 +46,14 @@ class KernelLibrary:
         self._fitting_of: dict[tuple[frozenset[QuantScheme], int, bool, bool], dict[KernelConfig, KernelSpec]] = {}
 
     @classmethod
-    def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path) -> Self:
+    def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path, *, track: Track | None = None) -> Self:
         """A library of these kernels: what the cache lacks is compiled, in parallel; all are linked into a bundle in
-        `folder`.
+        `folder`. `track` shows progress (`kernel_gen.build`).
         """
-        from kernel_gen.build import compile_and_gate  # it needs what only the `compile` extra installs
+        from kernel_gen.build import compile_and_gate, silent  # it needs what only the `compile` extra installs
         from kernel_gen.cache import KernelCache, default_cache_dir
 
-        gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()))
+        gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=track or silent)
         return cls(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
 
     def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
@@ -139,10 +142,15 @@ class KernelLibrary:
 
     def _bundled(self, spec: KernelSpec) -> Kernel:
         assert self.bundle is not None
-        for built in self.bundle.kernels:
-            if _by_name(built.spec) == _by_name(spec):
-                return Kernel(built.spec, self.bundle.function(built), built.facts.ctas_per_sm)
-        raise UnsupportedError(f"{spec.label}", [f"the bundle {self.bundle.path} lacks it"])
+        built = self._bundled_by_name.get(_by_name(spec))
+        if built is None:
+            raise UnsupportedError(f"{spec.label}", [f"the bundle {self.bundle.path} lacks it"])
+        return Kernel(built.spec, self.bundle.function(built), built.facts.ctas_per_sm)
+
+    @functools.cached_property
+    def _bundled_by_name(self) -> dict[KernelSpec, BundledKernel]:
+        assert self.bundle is not None
+        return {_by_name(built.spec): built for built in reversed(self.bundle.kernels)}  # of two alike, the first
 
 
 def _by_name(spec: KernelSpec) -> KernelSpec:

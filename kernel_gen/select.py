@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from costmodel.analytic import launch_latencies
 from costmodel.launches import Launch
 from kernel_gen.legality import estimated_facts
-from kernel_gen.space import Effort, candidates
-from profiles.errors import UnsupportedError
+from kernel_gen.space import Effort, candidates, enumerate_configs, summarise
+from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GpuSpec
 from profiles.kernels import GemmShape, KernelConfig
 from profiles.loads import TokenLoad
 from profiles.schemes import QuantScheme
+
+MAX_EXPERTS = 1024
+"""Of `KernelSpec.max_experts`."""
 
 
 def choose(
@@ -50,8 +53,9 @@ def _choose(
     max_experts = table_size(len(schemes))
     configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts) if among is None else among
     if not configs:
+        why = summarise(enumerate_configs(slots, gpu, Effort.QUICK, max_experts=max_experts)).by_kind
         raise UnsupportedError(
-            f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}", ["no configuration is legal"]
+            f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}", [example for _, _, example in why]
         )
     each, more = divmod(rows, len(schemes))
     load = TokenLoad(tokens_per_expert=tuple(each + (e < more) for e in range(len(schemes))), source="even")
@@ -69,5 +73,9 @@ def _choose(
 
 
 def table_size(num_experts: int) -> int:
-    """The scheduler table that a kernel needs for so many experts: a power of two, 256 for most models."""
+    """The scheduler table that a kernel needs for so many experts: a power of two, 256 for most models. SpecError where
+    no table holds them.
+    """
+    if num_experts > MAX_EXPERTS:
+        raise SpecError(f"experts: expected at most {MAX_EXPERTS}, which a kernel's table holds, got {num_experts}")
     return max(256, 1 << (num_experts - 1).bit_length())

@@ -40,10 +40,12 @@ class TableKind:
     def read(self, path: Path) -> pd.DataFrame:
         """A file's rows, not yet checked. DataError: missing, truncated, foreign, or of another schema version."""
         try:
-            table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read().replace_schema_metadata(None)  # pandas' notes in it may be damaged
+            table.validate(full=True)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file") from None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{path}: not a readable Parquet file, truncated or foreign ({reason})") from error
         if {"schema_version", self.own} <= set(table.column_names):

@@ -92,16 +92,18 @@ class Pricer:
         return self._ratios[key]
 
     def shares_us(self, kind: LaunchKind, scenario: str, scheme: QuantScheme, config: KernelConfig) -> Floats:
-        """Each expert's part of a uniform launch [experts]: they sum to its latency, idle experts cost nothing."""
+        """Each expert's part of a uniform launch [experts]; they sum to its latency.
+
+        A batch leaves experts idle, the next one leaves others idle: an idle expert's part is that of one with a token,
+        lest the inner problem find its bits free.
+        """
         key = LaunchKey(linear=kind.linear, scenario=scenario, scheme=scheme, config=config)
         if key not in self._share:
             tokens = kind.loads[scenario].tokens_per_expert
             facts = estimated_facts(config, (scheme,), self.gpu, max_experts=table_size(len(tokens)))
-            counts, place = np.unique(tokens, return_inverse=True)
+            counts, place = np.unique(np.maximum(tokens, 1), return_inverse=True)
             cost = marginal_expert_cost(self.gpu, kind.shape, scheme, config, facts, counts.tolist())[place]
-            total = cost.sum()
-            even = np.full(len(tokens), 1 / len(tokens))
-            self._share[key] = self.uniform_us(kind, scenario, scheme, config) * (cost / total if total else even)
+            self._share[key] = self.uniform_us(kind, scenario, scheme, config) * cost / cost.sum()
         return self._share[key]
 
     def launches_us(self, launches: Sequence[MixedLaunch]) -> Floats:
@@ -118,15 +120,16 @@ class Pricer:
         return Launch(shape=launch.kind.shape, load=load, schemes=launch.schemes, config=launch.config, facts=facts)
 
     def _mean_ratio(self, launch: MixedLaunch) -> float:
-        """The schemes' ratios, weighed by their experts' shares."""
+        """The schemes' ratios, weighed by their active experts' shares."""
         ratios, weights = [], []
+        active = np.array(launch.kind.loads[launch.scenario].tokens_per_expert) > 0
         of_expert = np.array([launch.compiled.index(scheme) for scheme in launch.schemes])
         for slot in np.unique(of_expert):
             scheme = launch.compiled[slot]
             key = LaunchKey(linear=launch.kind.linear, scenario=launch.scenario, scheme=scheme, config=launch.config)
             ratios.append(self.ratio(launch.kind, key))
             shares = self.shares_us(launch.kind, launch.scenario, scheme, launch.config)
-            weights.append(float(shares[of_expert == slot].sum()))
+            weights.append(float(shares[(of_expert == slot) & active].sum()))
         return float(np.average(ratios, weights=weights)) if sum(weights) else float(np.mean(ratios))
 
     def _predict(self, keys: Sequence[tuple[LaunchKind, LaunchKey]]) -> None:

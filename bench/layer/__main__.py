@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.kernel_sets import compile_all
 from bench.layer import plot, report
 from bench.layer.allocations import ALLOCATIONS, allocation
-from bench.layer.building import Plan, build_gemms, build_steps, specs_needed, steps_needed
+from bench.layer.building import Plan, build_steps, specs_needed, steps_needed
 from bench.layer.cells import Cell
 from bench.layer.contenders import FUSIONS
 from bench.layer.measuring import Measured, measure, read_measured
@@ -37,7 +38,7 @@ def build_all(arguments: argparse.Namespace) -> None:
     steps, gemms = steps_needed(plan), specs_needed(plan)
     print(f"{len(gemms)} GEMM kernels and {len(steps)} others, of {len(plan.cells)} cells", file=sys.stderr)
     build_steps(steps)
-    build_gemms(gemms, plan.gpu)
+    compile_all(gemms, plan.gpu)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:

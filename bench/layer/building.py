@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.kernel_sets import ranked
 from bench.layer.allocations import BF16, Allocation, Group
 from bench.layer.cells import Cell
-from bench.layer.tuning import ranked
-from kernel_gen.build import compile_and_gate
-from kernel_gen.bundle import Bundle, write_bundle
-from kernel_gen.cache import KernelCache, default_cache_dir
+from kernel_gen.cache import default_cache_dir
 from kernel_gen.compiler import dsl_version, export_step
 from kernel_gen.kernels import KernelSpec, StepSpec
 from kernel_gen.layer.fused import MAX_RANKED_IDS
@@ -156,16 +154,6 @@ def _steps(specs: StepSpecs, fusions: Fusion, top_k: int, *, ranks: bool) -> Ite
         yield from () if step is None else (step,)
     if Fusion.COMBINE in fusions:
         yield specs.combine(top_k=top_k, weight_bits=ROUTER_WEIGHT_BITS)
-
-
-def build_gemms(specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path | None = None) -> Bundle | None:
-    """Compiles what the cache lacks, in parallel, with progress on stderr; with a folder also links all into a bundle
-    there.
-    """
-    gated = compile_and_gate(
-        specs, gpu, KernelCache(root=default_cache_dir()), track=lambda number: phase("compiling", number, live=True)
-    )
-    return None if folder is None else write_bundle(folder, gpu, gated.kept, gated.refused)
 
 
 def build_steps(specs: Sequence[StepSpec]) -> dict[StepSpec, Path]:

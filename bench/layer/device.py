@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bench.layer.building import Plan, build_gemms, build_steps, load_steps, specs_needed, steps_needed
+from bench.kernel_sets import progress
+from bench.layer.building import Plan, build_steps, load_steps, specs_needed, steps_needed
 from bench.layer.measuring import FAILURES, Device
 from bench.layer.tuning import TunedLibrary
 from kernel_gen.library import library_of
@@ -33,13 +34,12 @@ def open_device(plan: Plan, folder: Path) -> Device:
     else:
         versions["triton"] = triton.__version__
         failures += (triton.TritonError,)
-    steps = load_steps(build_steps(steps_needed(plan)), folder)
-    bundle = build_gemms(specs_needed(plan), plan.gpu, folder)
-    assert bundle is not None
+    kernels = TunedLibrary.build(specs_needed(plan), plan.gpu, folder, track=progress)
+    kernels.add_steps(load_steps(build_steps(steps_needed(plan)), folder))
     return Device(
         gpu=plan.gpu,
         clock=GpuClock(),
-        kernels=TunedLibrary(plan.gpu, bundle, steps),
+        kernels=kernels,
         l2_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
         versions=versions,
         failures=failures,

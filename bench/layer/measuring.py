@@ -36,6 +36,7 @@ RULE = SampleRule(min_samples=5, max_samples=10, batch=5)
 LARGEST_DIFFERENCE = 0.03
 """Relative, in the Frobenius norm: what the linears pass on is bf16, and 8-bit codes next to a boundary differ."""
 NUM_STREAMS = 4
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +77,7 @@ def measure(plan: Plan, device: Device, path: Path, *, rounds: int, compiled: bo
     for cell in plan.cells:
         if cell.key in done:
             continue
-        of_model = weights.setdefault(cell.model, LayerWeights(cell.shape, "cuda"))
+        of_model = weights.setdefault(cell.model, LayerWeights(cell.shape, DEVICE))
         found = measure_cell(cell, plan, device, of_model, rounds=rounds, compiled=compiled)
         _release()
         rows += found.rows
@@ -95,7 +96,7 @@ def measure_cell(
     context = Context(
         cell=cell,
         plan=plan,
-        given=cell.given("cuda"),
+        given=cell.given(DEVICE),
         weights=weights,
         kernels=device.kernels,
         l2_bytes=device.l2_bytes,

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from bench.kernel_sets import TRIES
 from bench.layer.allocations import BF16, Group
 from bench.layer.contenders import Context, Entry, Layer, Maker, Variant
 from bench.layer.layers import DenseLayer, Gemm, SteppedLayer, torch_gemm, torch_layer
 from bench.layer.reference import expected_output
-from bench.layer.tuning import TRIES
 from bench.peers.triton_tiles import Tile, tile_name, tiles_for
 from profiles.models import Linear
 

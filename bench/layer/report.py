@@ -126,10 +126,9 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
         "",
         "## Against the fastest bf16 layer",
         "",
-        "Times in microseconds, then how many times as fast as the fastest bf16 layer (named) of that cell.",
+        "Microseconds at so many tokens, and how many times as fast as the fastest bf16 layer (named).",
         "",
-        _speedups(whole),
-        "",
+        *_speedups(whole),
         "## bf16 layers",
         "",
         _table(
@@ -144,8 +143,7 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
         f"How many times as fast as with {BASE}: route, gather, swiglu and combine. epilogue adds SwiGLU in the first "
         "GEMM, overlap programmatic dependent launches, all both.",
         "",
-        *_choice_means(choices(rows)),
-        _table(choices(rows), 3),
+        *_choice_medians(choices(rows)),
         "",
         "## Mixes: one launch against a launch a scheme",
         "",
@@ -168,31 +166,44 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
     return "\n".join(text)
 
 
-def _choice_means(table: pd.DataFrame) -> list[str]:
-    """Medians by load and by form of tokens."""
+def _choice_medians(table: pd.DataFrame) -> list[str]:
+    """By load and by form of tokens: the median, the least and the most."""
     if table.empty:
-        return []
-    names = [name for name in table if name in FUSIONS]
-    loads = table["tokens"].map(lambda tokens: "decode" if tokens <= DECODE_TOKENS else "prefill").rename("load")
-    kinds = table["allocation"].map(lambda name: "8-bit tokens" if "a8" in name else "bf16 tokens").rename("tokens")
-    grouped = table[names].groupby([loads, kinds])
-    medians = grouped.median().join(grouped.size().rename("layers")).reset_index()
-    return ["Medians:", "", _table(medians, 3), ""]
+        return ["Nothing was measured."]
+    table = table.assign(
+        load=table["tokens"].map(lambda tokens: "decode" if tokens <= DECODE_TOKENS else "prefill"),
+        form=table["allocation"].map(lambda name: "8 bits" if "a8" in name else "bf16"),
+    )
+    names = [name for name in FUSIONS if name in table]
+    lines = [f"| load | tokens' form | layers | {' | '.join(names)} |", f"|{'---|' * (3 + len(names))}"]
+    for (load, form), found in table.groupby(["load", "form"]):
+        texts = [f"{each.median():.3f} ({each.min():.2f} to {each.max():.2f})" for each in (found[n] for n in names)]
+        lines.append(f"| {load} | {form} | {len(found)} | {' | '.join(texts)} |")
+    return lines
 
 
-def _speedups(whole: pd.DataFrame) -> str:
+def _speedups(whole: pd.DataFrame) -> list[str]:
+    """A table a model: allocations down, tokens across."""
     ours = whole[whole["variant"] == Variant.OURS.value]
-    names = [item.name for item in ALLOCATIONS if item.name != BF16.name and (ours["allocation"] == item.name).any()]
-    lines = [f"| model | tokens | best bf16 | us | {' | '.join(names)} |", f"|{'---|' * (4 + len(names))}"]
-    for key, group in ours.groupby(["model", "tokens"], sort=False):
-        model, tokens = map(str, key)
-        found = {row.allocation: f"{row.latency_us:.1f} ({row.speedup:.2f})" for row in group.itertuples()}
-        cells = [found.get(name, "") for name in names]
-        first = group.iloc[0]
-        lines.append(
-            f"| {model} | {tokens} | {first['best_bf16']} | {first['best_bf16_us']:.1f} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
+    lines = []
+    for model, of_model in ours.groupby("model", sort=False):
+        sizes = sorted(of_model["tokens"].unique())
+        best = of_model.drop_duplicates("tokens").set_index("tokens")
+        lines += [f"### {model}", "", f"| | bits | {' | '.join(map(str, sizes))} |", f"|{'---|' * (2 + len(sizes))}"]
+        cells = [f"{best.loc[size, 'best_bf16_us']:.1f}, {best.loc[size, 'best_bf16']}" for size in sizes]
+        lines.append(f"| fastest bf16 | 16 | {' | '.join(cells)} |")
+        for name in (item.name for item in ALLOCATIONS if item.name != BF16.name):
+            found = of_model[of_model["allocation"] == name].set_index("tokens")
+            if not found.empty:
+                texts = [
+                    f"{found.loc[size, 'latency_us']:.1f} ({found.loc[size, 'speedup']:.2f})"
+                    if size in found.index
+                    else ""
+                    for size in sizes
+                ]
+                lines.append(f"| {name} | {found['avg_bits'].iloc[0]:.2f} | {' | '.join(texts)} |")
+        lines.append("")
+    return lines
 
 
 def _table(frame: pd.DataFrame, digits: int) -> str:

@@ -10,12 +10,15 @@ import pandas as pd
 from bench.peers.contenders import OURS
 from bench.peers.measuring import CELL
 from bench.peers.published import Key, Peer
-from bench.peers.recorded import MEAN_BAR, RATIO_BAR, geometric_mean
+from bench.peers.recorded import MEAN_BAR, RATIO_BAR, SKEWED, geometric_mean
+from bench.peers.report import bars
 from bench.peers.roofline import peer_class
 from bench.peers.routing import Draw
 from bench.peers.tables import Formats, one, table, two
 from profiles import schemes
 from profiles.records import Status
+
+LIMIT = ("roofline_us", "is_memory_bound", "bar")
 
 
 def against_published(measured: pd.DataFrame, peers: Mapping[Key, Peer]) -> pd.DataFrame:
@@ -49,6 +52,23 @@ def against_published(measured: pd.DataFrame, peers: Mapping[Key, Peer]) -> pd.D
     return pd.DataFrame(rows, columns=[*names, "peer_class", "fraction", "peer", "peer_fraction", "ratio"])
 
 
+def of_roofline(measured: pd.DataFrame) -> pd.DataFrame:
+    """A row a cell of the peers' draw: our fastest, its fraction by itself and, `fraction_with_floor`, as one launch a
+    replay, with the bar that it must reach; the columns that bench.peers.plot and report.bars take.
+    """
+    cells = best(measured)
+    cells = cells[cells["draw"] == Draw.PEERS.value]
+    ours = measured[(measured["contender"] == OURS) & (measured["status"] == Status.OK.value)]
+    limits = ours.groupby(list(CELL)).agg({"single_us": "min", **dict.fromkeys(LIMIT, "first")}).reset_index()
+    found = cells.merge(limits, on=list(CELL), validate="one_to_one")
+    return found.assign(
+        load=SKEWED,
+        fraction_with_floor=found["roofline_us"] / found["single_us"],
+        bound=found["is_memory_bound"].map({True: "memory", False: "compute"}),
+        roofline_bar=found["bar"],
+    )
+
+
 def best(measured: pd.DataFrame) -> pd.DataFrame:
     """A row a cell that ours finished: our fastest, the fastest other, its time over ours (above 1: ours is faster)."""
     done = measured[measured["status"] == Status.OK.value]
@@ -75,7 +95,8 @@ def best(measured: pd.DataFrame) -> pd.DataFrame:
 
 def measured_markdown(measured: pd.DataFrame, peers: Mapping[Key, Peer], *, command: str) -> str:
     """The whole report."""
-    lines = [*_lines(measured, command), *_published(against_published(measured, peers)), *_failed(measured)]
+    published = _published(against_published(measured, peers))
+    lines = [*_lines(measured, command), *published, *_bars(measured), *_failed(measured)]
     return "\n".join(lines) + "\n"
 
 
@@ -95,6 +116,14 @@ def _published(cells: pd.DataFrame) -> Iterator[str]:
     numbers: Formats = {"single_us": one, "fraction": two, "peer": str, "peer_fraction": two, "ratio": two}
     headings = ["model", "linear", "tokens", "scheme", "configuration", "ours us", "ours", "peer", "theirs", "ratio"]
     yield from table(cells.sort_values("ratio"), {**formats, **numbers}, headings)
+
+
+def _bars(measured: pd.DataFrame) -> Iterator[str]:
+    yield from ("", "## Against the roofline's bars", "")
+    yield "Our launches by themselves, many a replay. Bars: 0.85 where operations bound a launch, or bytes of which it"
+    yield "moves over 200 MB; 0.70 of smaller launches at 16 tokens; the others have none. The least row is named."
+    yield ""
+    yield from bars(of_roofline(measured))
 
 
 def _failed(measured: pd.DataFrame) -> Iterator[str]:

@@ -274,6 +274,20 @@ def test_a_kernel_of_more_slots_serves_and_one_of_fewer_is_preferred() -> None:
     assert [scheme.name for scheme in asked.spec.schemes] == [W8, W4]
 
 
+@pytest.mark.parametrize(
+    ("weights", "given", "message"),
+    [
+        ((64, 128), schemes.parse(W4), r"weights: expected a tensor of floats \[E, N, K\], got \[64, 128\]"),
+        ((2, 64, 128), W4, f"schemes: expected those of profiles.schemes.parse, got '{W4}'"),
+        ((2, 64, 128), [W4, W4], f"schemes: expected those of profiles.schemes.parse, got '{W4}'"),
+        ((2, 64, 128), [schemes.parse(W4)] * 3, "schemes: expected one, or one for each of 2 experts, got 3"),
+    ],
+)
+def test_weights_and_schemes_are_checked_first(weights, given, message) -> None:
+    with pytest.raises(SpecError, match=message):
+        Experts.from_weights(torch.empty(weights), given)
+
+
 def test_activations_are_bfloat16() -> None:
     with pytest.raises(SpecError, match=r"x: expected bfloat16 \[T, K\], got torch.float32 \[8, 256\] on cuda:0"):
         prepare_activations(tokens(dtype=torch.float32), [schemes.parse(W4)])

@@ -1,5 +1,6 @@
 """Small launches of every scheme for compute-sanitizer (tests/run_sanitizer.py): each kernel once, on a ragged load
-with sizes off the tile.
+with sizes off the tile. Without the sanitizer test_kernels_gpu.py has the same launches, so that pytest finds these by
+name only.
 """
 
 import pytest

@@ -1,0 +1,172 @@
+"""How much faster a mixed allocation is at equal perplexity, as launched: `python -m bench.speed_curve plan | report`.
+
+A small model has no launches that a GPU would notice, so its experts are launched at another model's size (`--size`):
+its losses, its routing and its perplexities, that model's matrices. `plan` writes, for each load, uniform allocations
+and mixed ones of least loss between the fastest uniform scheme and the one to be faster than. `allocator.latency`
+launches them on a GPU. `report` measures their perplexities and puts the two together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from allocator import Allocation, Budget, Options, Sensitivity, allocate
+from allocator.json_file import write_json
+from allocator.scenarios import by_share, parse_loads, typical_load
+from allocator.sensitivity import SHARED_EXPERT
+from allocator.study.evaluate import Evaluator
+from allocator.study.evidence import Evidence
+from allocator.study.finalists import best_of_study
+from allocator.study.objective import Goal, Objective
+from allocator.study.problem import of as problem_of
+from allocator.study.run import Settings
+from costmodel.fit import fit, read_profiles
+from costmodel.pricing import cost_table
+from costmodel.sessions import usable
+from costmodel.table import CostTable
+from kernel_gen.space import Effort, candidates
+from profiles import kernels, schemes
+from profiles.errors import SpecError, UserError
+from profiles.gpus import gpu
+from profiles.loads import TokenLoad, read_trace
+from profiles.models import MoeShape, find_model
+from profiles.schemes import QuantScheme
+
+UNIFORM = (
+    "w2a16_g128_asym,w3a16_g128_asym,w4a8_g128_sym,w4a16_g-1_asym,w4a16_g-1_sym,w4a16_g128_asym,w4a16_g128_sym,"
+    "w8a16_g-1_sym,w8a16_g128_sym,w8a8_g-1_sym"
+)
+POINTS = (0.15, 0.3, 0.45, 0.7)
+"""Latency limits of the mixed allocations: shares of the way from the fastest uniform scheme to the one beside it."""
+
+
+def priced(profiles: Sequence[Path], shape: MoeShape, loads: Mapping[str, TokenLoad],
+           offered: Sequence[QuantScheme]) -> CostTable:  # fmt: skip
+    """Launches in one scheme at the model's size, by the latency model of these profiles."""
+    fitted = fit(usable(read_profiles(profiles)))
+    configs = {
+        scheme: [kernels.parse(name) for name in fitted.configs.get(scheme.name, ())]
+        or candidates((scheme,), gpu(fitted.gpu), Effort.QUICK, max_experts=shape.num_experts)
+        for scheme in offered
+    }
+    return cost_table(fitted, shape, loads, offered, configs=configs)
+
+
+def routed_of(sensitivity: Sensitivity, name: str) -> Sensitivity:
+    """The routed experts' losses, as another model's."""
+    frame = sensitivity.frame()
+    return Sensitivity(frame[frame["expert"] != SHARED_EXPERT].assign(model=name))
+
+
+def curve(
+    losses: Sensitivity,
+    table: CostTable,
+    shape: MoeShape,
+    scenario: str,
+    *,
+    uniform: Sequence[QuantScheme],
+    mixed: Sequence[QuantScheme],
+    beside: QuantScheme,
+    points: Iterable[float] = POINTS,
+) -> dict[str, Allocation]:
+    """Uniform and mixed allocations for one load. SpecError: `beside` is not one of the uniform schemes."""
+    found = {
+        scheme.name: allocate(
+            losses, table, Budget(avg_weight_bits=17.0), shape=shape, options=Options(schemes=(scheme,))
+        )
+        for scheme in uniform
+    }
+    if beside.name not in found:
+        raise SpecError(f"{beside.name} is not one of the uniform schemes: {', '.join(found)}")
+    us = {name: one.predicted_latency_us[scenario] for name, one in found.items()}
+    fastest, slowest = min(us.values()), us[beside.name]
+    for point in points:
+        budget = Budget(max_latency_us={scenario: fastest + point * (slowest - fastest)})
+        options = Options(schemes=tuple(mixed))
+        found[f"mixed, {point:.0%} of the way"] = allocate(losses, table, budget, shape=shape, options=options)
+    return found
+
+
+def studied(
+    losses: Sensitivity,
+    table: CostTable,
+    shape: MoeShape,
+    scenario: str,
+    limit_us: float,
+    *,
+    mixed: Sequence[QuantScheme],
+    loads: Mapping[str, TokenLoad],
+    trace: Mapping[int, TokenLoad],
+    num_trials: int,
+) -> Allocation | None:
+    """The outer study's allocation of least loss whose launches, as predicted, are within a limit under one load."""
+    frame = table.frame()
+    evidence = Evidence.from_cost_table(
+        CostTable(frame[frame["scenario"] == scenario]), shape.name, shape.num_experts, {scenario: loads[scenario]}
+    )
+    experts = {layer: by_share(load) for layer, load in trace.items()}
+    budget = Budget(max_latency_us={scenario: limit_us})
+    problem = problem_of(losses, shape, budget, evidence, schemes=mixed, experts=experts)
+    settings = Settings(goal=Goal(objective=Objective.LOSS), num_trials=num_trials)
+    return best_of_study(Evaluator.of(problem), settings, None)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    if not arguments.out.is_dir():
+        raise SpecError(f"--out {arguments.out}: no such folder")
+    shape, trace = find_model(arguments.size), read_trace(arguments.trace)
+    batches = parse_loads(arguments.loads)
+    loads = {name: typical_load(trace, shape, tokens, name) for name, tokens in batches.items()}
+    uniform, mixed = (
+        [schemes.parse(name) for name in text.split(",")] for text in (arguments.uniform, arguments.mixed)
+    )
+    losses = routed_of(Sensitivity.read(arguments.sensitivity), shape.name)
+    table = priced(arguments.profile, shape, loads, list(dict.fromkeys([*uniform, *mixed])))
+    for scenario in loads:
+        beside = schemes.parse(arguments.beside)
+        found = curve(losses, table, shape, scenario, uniform=uniform, mixed=mixed, beside=beside)
+        if loads[scenario].num_active == shape.num_experts:  # an idle expert would be free there, which it is not
+            limit = found[f"mixed, {POINTS[1]:.0%} of the way"].predicted_latency_us[scenario]
+            study = studied(losses, table, shape, scenario, limit, mixed=mixed, loads=loads, trace=trace,
+                            num_trials=arguments.trials)  # fmt: skip
+            found |= {} if study is None else {"outer study": study}
+        write_json(arguments.out / f"{scenario}.json", {name: one.to_json() for name, one in found.items()})
+        for name, one in found.items():
+            us = one.predicted_latency_us[scenario]
+            print(f"{scenario}: {name}: {us:.1f} us, {one.avg_weight_bits:.2f} bits, loss {one.predicted_loss:.5g}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; gives the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _plan(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.speed_curve", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    plan = commands.add_parser("plan", help="write the allocations, one file a load")
+    add = plan.add_argument
+    add("--sensitivity", type=Path, required=True, metavar="FILE", help="of the small model, by allocator.calibrate")
+    add("--trace", type=Path, required=True, metavar="FILE", help="its tokens per expert, by allocator.trace")
+    add("--size", required=True, metavar="MODEL", help="a config.json or known model with as many experts")
+    add("--profile", type=Path, nargs="+", required=True, metavar="FILE", help="what the latency model learns from")
+    add("--loads", default="t16=16,t64=64,t512=512", metavar="A=TOKENS", help="(default: %(default)s)")
+    add("--uniform", default=UNIFORM, metavar="A,B", help="schemes (default: %(default)s)")
+    add("--mixed", default="w4a8_g128_sym,w8a8_g-1_sym", metavar="A,B", help="schemes (default: %(default)s)")
+    add("--beside", default="w8a8_g-1_sym", metavar="SCHEME", help="to be faster than (default: %(default)s)")
+    add("--trials", type=int, default=40, metavar="N", help="of the outer study (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="DIR", help="an existing folder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
