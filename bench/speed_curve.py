@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from allocator import Allocation, Budget, Options, Sensitivity, allocate
+from allocator.calibration.streams import measure_allocations
 from allocator.json_file import write_json
+from allocator.latencies import digest_of
+from allocator.latency import read_finalists
 from allocator.scenarios import by_share, parse_loads, typical_load
 from allocator.sensitivity import SHARED_EXPERT
 from allocator.study.evaluate import Evaluator
@@ -23,18 +26,21 @@ from allocator.study.finalists import best_of_study
 from allocator.study.objective import Goal, Objective
 from allocator.study.problem import of as problem_of
 from allocator.study.run import Settings
+from bench.evaluate import add_model_options, open_evaluator
+from bench.mixed_evidence import QUANTIZER
 from costmodel.fit import fit, read_profiles
 from costmodel.pricing import cost_table
 from costmodel.sessions import usable
 from costmodel.table import CostTable
 from kernel_gen.space import Effort, candidates
 from profiles import kernels, schemes
-from profiles.errors import SpecError, UserError
+from profiles.errors import DataError, SpecError, UserError
 from profiles.gpus import gpu
 from profiles.loads import TokenLoad, read_trace
 from profiles.models import MoeShape, find_model
 from profiles.schemes import QuantScheme
 
+QUALITY = "quality.json"
 UNIFORM = (
     "w2a16_g128_asym,w3a16_g128_asym,w4a8_g128_sym,w4a16_g-1_asym,w4a16_g-1_sym,w4a16_g128_asym,w4a16_g128_sym,"
     "w8a16_g-1_sym,w8a16_g128_sym,w8a8_g-1_sym"
@@ -139,11 +145,47 @@ def _plan(arguments: argparse.Namespace) -> None:
             print(f"{scenario}: {name}: {us:.1f} us, {one.avg_weight_bits:.2f} bits, loss {one.predicted_loss:.5g}")
 
 
+def _quality(arguments: argparse.Namespace) -> None:
+    """Perplexity and divergence of every allocation, by digest: equal assignments are measured once."""
+    evaluator, held_out, calibration = open_evaluator(arguments)
+    found = {digest_of(one): one for file in _files(arguments.plan) for one in read_finalists([file]).values()}
+    measured = measure_allocations(
+        evaluator.model,
+        evaluator.held_out,
+        evaluator.calibration,
+        [one.assignment for one in found.values()],
+        QUANTIZER,
+        batch_size=evaluator.batch_size,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    rows = {
+        digest: {"perplexity": one.perplexity, "mean_kl": one.kl}
+        for digest, one in zip(found, measured.allocations, strict=True)
+    }
+    content = {
+        "model": evaluator.model.shape.name,
+        "held_out": held_out.source,
+        "calibration": calibration.source,
+        "quantizer": QUANTIZER.name,
+        "exact_perplexity": measured.exact_perplexity,
+        "allocations": rows,
+    }
+    write_json(arguments.plan / QUALITY, content, indent=1)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The plan's files, one a load. DataError: there are none."""
+    files = sorted(file for file in folder.glob("*.json") if file.name != QUALITY)
+    if not files:
+        raise DataError(f"{folder}: no allocations, which `plan` writes")
+    return files
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; gives the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        _plan(arguments)
+        arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -165,6 +207,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--beside", default="w8a8_g-1_sym", metavar="SCHEME", help="to be faster than (default: %(default)s)")
     add("--trials", type=int, default=40, metavar="N", help="of the outer study (default: %(default)s)")
     add("--out", type=Path, required=True, metavar="DIR", help="an existing folder")
+    plan.set_defaults(run=_plan)
+    quality = commands.add_parser("quality", help="measure their perplexities on the small model")
+    add_model_options(quality)
+    quality.add_argument("--plan", type=Path, required=True, metavar="DIR", help="what `plan` wrote")
+    quality.set_defaults(run=_quality)
     return parser
 
 

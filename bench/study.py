@@ -17,10 +17,13 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
-from allocator.study import run
+from allocator.arrays import InfeasibleError
+from allocator.study import run, sequential
 from allocator.study.evaluate import Evaluator
-from allocator.study.objective import LATENCY_WEIGHTS, Goal, Objective
-from bench.study_baselines import NOTHING, Found, Outcome, best_uniform, direct, one_pass, sequential
+from allocator.study.objective import Goal
+from allocator.study.sequential import Judged
+from allocator.study.sets import SetSolver
+from bench.study_baselines import NOTHING, Outcome, best_uniform, direct, outcome
 from bench.study_problem import METRIC, MODEL, SCENARIOS, SETTINGS, Setting, study_evaluator
 from profiles.atomic import replacing
 from profiles.errors import SpecError, UserError
@@ -46,34 +49,26 @@ def outer_study(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) ->
 
 
 def _sequential(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
-    found = _sequential_result(evaluator, goal, num_trials)
-    return NOTHING if found is None else found[0]
+    return outcome(evaluator, _swept(evaluator, goal, num_trials))
 
 
-_RESULTS: dict[tuple[str, str, int, int], Found | None] = {}
+_RESULTS: dict[tuple[str, str, int, int], Judged | None] = {}
 
 
-def _sequential_result(evaluator: Evaluator, goal: Goal, num_trials: int) -> Found | None:
-    """Kept, since two methods begin where it ends.
-
-    Of a product, prices on a grid, the same for every load; within limits, drawn for each load, for one price cannot
-    hold several.
-    """
-    key = (evaluator.problem.digest, repr(goal), num_trials, evaluator.menu.max_schemes)
+def _swept(evaluator: Evaluator, goal: Goal, num_prices: int) -> Judged | None:
+    """Kept, since three methods begin where it ends."""
+    key = (evaluator.problem.digest, repr(goal), num_prices, evaluator.menu.max_schemes)
     if key not in _RESULTS:
-        names = evaluator.problem.scenarios
-        if goal.objective is Objective.LOSS:
-            low, high = np.log(LATENCY_WEIGHTS)
-            drawn = np.exp(np.random.default_rng(0).uniform(low, high, (num_trials, len(names))))
-            prices = [dict(zip(names, row, strict=True)) for row in drawn.tolist()]
-        else:
-            prices = [dict.fromkeys(names, price) for price in np.geomspace(*LATENCY_WEIGHTS, num_trials).tolist()]
-        _RESULTS[key] = sequential(evaluator, goal, prices)
+        prices = sequential.prices_of(evaluator, goal, num_prices)
+        _RESULTS[key] = sequential.swept(SetSolver(evaluator), goal, prices)
     return _RESULTS[key]
 
 
 def _one_pass(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
-    return one_pass(evaluator, goal)
+    try:
+        return outcome(evaluator, sequential.one_pass(SetSolver(evaluator), goal))
+    except InfeasibleError:
+        return NOTHING
 
 
 def _uniform(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Outcome:
@@ -97,8 +92,10 @@ def _nsga_on(evaluator: Evaluator, goal: Goal, num_trials: int, seed: int) -> Ou
 
 
 def _begun(evaluator: Evaluator, goal: Goal, sampler: BaseSampler, num_trials: int) -> Outcome:
-    found = _sequential_result(evaluator, goal, num_trials)
-    return NOTHING if found is None else direct(evaluator, goal, sampler, num_trials, found[1:])
+    found = _swept(evaluator, goal, num_trials)
+    if found is None:
+        return NOTHING
+    return direct(evaluator, goal, sampler, num_trials, (found.choice, found.assignment))
 
 
 METHODS: dict[str, Method] = {
