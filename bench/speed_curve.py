@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from allocator import Allocation, Budget, Options, Sensitivity, allocate
@@ -28,37 +29,22 @@ from allocator.study.problem import of as problem_of
 from allocator.study.run import Settings
 from bench.evaluate import add_model_options, open_evaluator
 from bench.mixed_evidence import QUANTIZER
-from costmodel.fit import fit, read_profiles
-from costmodel.pricing import cost_table
-from costmodel.sessions import usable
+from bench.present import MIXED, UNIFORM, latency_model, priced
+from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
-from kernel_gen.space import Effort, candidates
-from profiles import kernels, schemes
+from profiles import schemes
 from profiles.errors import DataError, SpecError, UserError
-from profiles.gpus import gpu
 from profiles.loads import TokenLoad, read_trace
 from profiles.models import MoeShape, find_model
 from profiles.schemes import QuantScheme
 
 QUALITY = "quality.json"
-UNIFORM = (
+UNIFORM_SCHEMES = (
     "w2a16_g128_asym,w3a16_g128_asym,w4a8_g128_sym,w4a16_g-1_asym,w4a16_g-1_sym,w4a16_g128_asym,w4a16_g128_sym,"
     "w8a16_g-1_sym,w8a16_g128_sym,w8a8_g-1_sym"
 )
 POINTS = (0.15, 0.3, 0.45, 0.7)
 """Latency limits of the mixed allocations: shares of the way from the fastest uniform scheme to the one beside it."""
-
-
-def priced(profiles: Sequence[Path], shape: MoeShape, loads: Mapping[str, TokenLoad],
-           offered: Sequence[QuantScheme]) -> CostTable:  # fmt: skip
-    """Launches in one scheme at the model's size, by the latency model of these profiles."""
-    fitted = fit(usable(read_profiles(profiles)))
-    configs = {
-        scheme: [kernels.parse(name) for name in fitted.configs.get(scheme.name, ())]
-        or candidates((scheme,), gpu(fitted.gpu), Effort.QUICK, max_experts=shape.num_experts)
-        for scheme in offered
-    }
-    return cost_table(fitted, shape, loads, offered, configs=configs)
 
 
 def routed_of(sensitivity: Sensitivity, name: str) -> Sensitivity:
@@ -99,6 +85,7 @@ def curve(
 def studied(
     losses: Sensitivity,
     table: CostTable,
+    fitted: FittedModel,
     shape: MoeShape,
     scenario: str,
     limit_us: float,
@@ -113,6 +100,7 @@ def studied(
     evidence = Evidence.from_cost_table(
         CostTable(frame[frame["scenario"] == scenario]), shape.name, shape.num_experts, {scenario: loads[scenario]}
     )
+    evidence = replace(evidence, latency_model=fitted)
     experts = {layer: by_share(load) for layer, load in trace.items()}
     budget = Budget(max_latency_us={scenario: limit_us})
     problem = problem_of(losses, shape, budget, evidence, schemes=mixed, experts=experts)
@@ -130,13 +118,14 @@ def _plan(arguments: argparse.Namespace) -> None:
         [schemes.parse(name) for name in text.split(",")] for text in (arguments.uniform, arguments.mixed)
     )
     losses = routed_of(Sensitivity.read(arguments.sensitivity), shape.name)
-    table = priced(arguments.profile, shape, loads, list(dict.fromkeys([*uniform, *mixed])))
+    fitted = latency_model(tuple(arguments.profile))
+    table = priced(fitted, shape, loads, list(dict.fromkeys([*uniform, *mixed])))
     for scenario in loads:
         beside = schemes.parse(arguments.beside)
         found = curve(losses, table, shape, scenario, uniform=uniform, mixed=mixed, beside=beside)
         if loads[scenario].num_active == shape.num_experts:  # an idle expert would be free there, which it is not
             limit = found[f"mixed, {POINTS[1]:.0%} of the way"].predicted_latency_us[scenario]
-            study = studied(losses, table, shape, scenario, limit, mixed=mixed, loads=loads, trace=trace,
+            study = studied(losses, table, fitted, shape, scenario, limit, mixed=mixed, loads=loads, trace=trace,
                             num_trials=arguments.trials)  # fmt: skip
             found |= {} if study is None else {"outer study": study}
         write_json(arguments.out / f"{scenario}.json", {name: one.to_json() for name, one in found.items()})
@@ -200,9 +189,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--sensitivity", type=Path, required=True, metavar="FILE", help="of the small model, by allocator.calibrate")
     add("--trace", type=Path, required=True, metavar="FILE", help="its tokens per expert, by allocator.trace")
     add("--size", required=True, metavar="MODEL", help="a config.json or known model with as many experts")
-    add("--profile", type=Path, nargs="+", required=True, metavar="FILE", help="what the latency model learns from")
+    add(
+        "--profile",
+        type=Path,
+        nargs="+",
+        default=[UNIFORM, MIXED],
+        metavar="FILE",
+        help="what the latency model learns from (default: the present tables)",
+    )
     add("--loads", default="t16=16,t64=64,t512=512", metavar="A=TOKENS", help="(default: %(default)s)")
-    add("--uniform", default=UNIFORM, metavar="A,B", help="schemes (default: %(default)s)")
+    add("--uniform", default=UNIFORM_SCHEMES, metavar="A,B", help="schemes (default: %(default)s)")
     add("--mixed", default="w4a8_g128_sym,w8a8_g-1_sym", metavar="A,B", help="schemes (default: %(default)s)")
     add("--beside", default="w8a8_g-1_sym", metavar="SCHEME", help="to be faster than (default: %(default)s)")
     add("--trials", type=int, default=40, metavar="N", help="of the outer study (default: %(default)s)")

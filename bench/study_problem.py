@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,16 +17,13 @@ from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
 from allocator.study.objective import Goal, Objective
 from allocator.study.problem import of as problem_of
-from costmodel.fit import fit, read_profiles
-from costmodel.sessions import usable
+from bench.present import UNIFORM, latency_model
 from kernel_gen.formats import dequantize, dequantize_activations, quantize, quantize_activations
 from profiles.models import Linear, MoeShape, model
 from profiles.schemes import QuantScheme
 from profiles.store import ProfileStore
 
 MODEL = model("qwen1.5-moe-a2.7b")
-PROFILES = Path(__file__).parent.parent / "profiles" / "data" / "h200"
-UNIFORM, MIXED = PROFILES / "hopper_v2.parquet", PROFILES / "mixed_v2.parquet"
 LOAD = "log-normal, sigma 0.7, {} tokens, top 4, seed 0"
 SCENARIOS = {"decode": LOAD.format(16), "mixed": LOAD.format(512), "prefill": LOAD.format(8192)}
 METRIC = "relative squared error of the formats on Gaussian weights and activations, times log-normal sensitivities"
@@ -66,7 +61,8 @@ SETTINGS = {
 
 def study_evaluator(layers: int, avg_bits: float, seed: int, setting: Setting) -> Evaluator:
     """Every scheme that was measured, `layers` layers of routed experts."""
-    evidence = measured()
+    rows = ProfileStore(UNIFORM).records()
+    evidence = replace(Evidence.from_profile(rows, MODEL.name, SCENARIOS), latency_model=latency_model())
     offered = sorted({key.scheme for key in evidence.latency_us}, key=lambda scheme: scheme.name)
     losses = sensitivity(offered, layers, seed)
 
@@ -78,14 +74,6 @@ def study_evaluator(layers: int, avg_bits: float, seed: int, setting: Setting) -
     if setting.slack is None:
         return free
     return evaluator({name: setting.slack * us for name, us in free.fastest_uniform_us.items()})
-
-
-@cache
-def measured() -> Evidence:
-    """Launches in one scheme as measured; others by the latency model that is fitted on all, mixed ones too."""
-    rows = ProfileStore(UNIFORM).records()
-    fitted = fit(usable(read_profiles([UNIFORM, MIXED])))
-    return replace(Evidence.from_profile(rows, MODEL.name, SCENARIOS), latency_model=fitted)
 
 
 def sensitivity(offered: list[QuantScheme], layers: int, seed: int, shape: MoeShape = MODEL) -> Sensitivity:
