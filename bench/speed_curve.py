@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from allocator import Allocation, Budget, Options, Sensitivity, allocate
+from allocator.calibration.streams import measure_allocations
 from allocator.json_file import write_json
+from allocator.latencies import digest_of
+from allocator.latency import read_finalists
 from allocator.scenarios import by_share, parse_loads, typical_load
 from allocator.sensitivity import SHARED_EXPERT
 from allocator.study.evaluate import Evaluator
@@ -23,36 +27,24 @@ from allocator.study.finalists import best_of_study
 from allocator.study.objective import Goal, Objective
 from allocator.study.problem import of as problem_of
 from allocator.study.run import Settings
-from costmodel.fit import fit, read_profiles
-from costmodel.pricing import cost_table
-from costmodel.sessions import usable
+from bench.evaluate import add_model_options, open_evaluator
+from bench.mixed_evidence import QUANTIZER
+from bench.present import MIXED, UNIFORM, latency_model, priced
+from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
-from kernel_gen.space import Effort, candidates
-from profiles import kernels, schemes
-from profiles.errors import SpecError, UserError
-from profiles.gpus import gpu
+from profiles import schemes
+from profiles.errors import DataError, SpecError, UserError
 from profiles.loads import TokenLoad, read_trace
 from profiles.models import MoeShape, find_model
 from profiles.schemes import QuantScheme
 
-UNIFORM = (
+QUALITY = "quality.json"
+UNIFORM_SCHEMES = (
     "w2a16_g128_asym,w3a16_g128_asym,w4a8_g128_sym,w4a16_g-1_asym,w4a16_g-1_sym,w4a16_g128_asym,w4a16_g128_sym,"
     "w8a16_g-1_sym,w8a16_g128_sym,w8a8_g-1_sym"
 )
 POINTS = (0.15, 0.3, 0.45, 0.7)
 """Latency limits of the mixed allocations: shares of the way from the fastest uniform scheme to the one beside it."""
-
-
-def priced(profiles: Sequence[Path], shape: MoeShape, loads: Mapping[str, TokenLoad],
-           offered: Sequence[QuantScheme]) -> CostTable:  # fmt: skip
-    """Launches in one scheme at the model's size, by the latency model of these profiles."""
-    fitted = fit(usable(read_profiles(profiles)))
-    configs = {
-        scheme: [kernels.parse(name) for name in fitted.configs.get(scheme.name, ())]
-        or candidates((scheme,), gpu(fitted.gpu), Effort.QUICK, max_experts=shape.num_experts)
-        for scheme in offered
-    }
-    return cost_table(fitted, shape, loads, offered, configs=configs)
 
 
 def routed_of(sensitivity: Sensitivity, name: str) -> Sensitivity:
@@ -93,6 +85,7 @@ def curve(
 def studied(
     losses: Sensitivity,
     table: CostTable,
+    fitted: FittedModel,
     shape: MoeShape,
     scenario: str,
     limit_us: float,
@@ -107,6 +100,7 @@ def studied(
     evidence = Evidence.from_cost_table(
         CostTable(frame[frame["scenario"] == scenario]), shape.name, shape.num_experts, {scenario: loads[scenario]}
     )
+    evidence = replace(evidence, latency_model=fitted)
     experts = {layer: by_share(load) for layer, load in trace.items()}
     budget = Budget(max_latency_us={scenario: limit_us})
     problem = problem_of(losses, shape, budget, evidence, schemes=mixed, experts=experts)
@@ -124,13 +118,14 @@ def _plan(arguments: argparse.Namespace) -> None:
         [schemes.parse(name) for name in text.split(",")] for text in (arguments.uniform, arguments.mixed)
     )
     losses = routed_of(Sensitivity.read(arguments.sensitivity), shape.name)
-    table = priced(arguments.profile, shape, loads, list(dict.fromkeys([*uniform, *mixed])))
+    fitted = latency_model(tuple(arguments.profile))
+    table = priced(fitted, shape, loads, list(dict.fromkeys([*uniform, *mixed])))
     for scenario in loads:
         beside = schemes.parse(arguments.beside)
         found = curve(losses, table, shape, scenario, uniform=uniform, mixed=mixed, beside=beside)
         if loads[scenario].num_active == shape.num_experts:  # an idle expert would be free there, which it is not
             limit = found[f"mixed, {POINTS[1]:.0%} of the way"].predicted_latency_us[scenario]
-            study = studied(losses, table, shape, scenario, limit, mixed=mixed, loads=loads, trace=trace,
+            study = studied(losses, table, fitted, shape, scenario, limit, mixed=mixed, loads=loads, trace=trace,
                             num_trials=arguments.trials)  # fmt: skip
             found |= {} if study is None else {"outer study": study}
         write_json(arguments.out / f"{scenario}.json", {name: one.to_json() for name, one in found.items()})
@@ -139,11 +134,47 @@ def _plan(arguments: argparse.Namespace) -> None:
             print(f"{scenario}: {name}: {us:.1f} us, {one.avg_weight_bits:.2f} bits, loss {one.predicted_loss:.5g}")
 
 
+def _quality(arguments: argparse.Namespace) -> None:
+    """Perplexity and divergence of every allocation, by digest: equal assignments are measured once."""
+    evaluator, held_out, calibration = open_evaluator(arguments)
+    found = {digest_of(one): one for file in _files(arguments.plan) for one in read_finalists([file]).values()}
+    measured = measure_allocations(
+        evaluator.model,
+        evaluator.held_out,
+        evaluator.calibration,
+        [one.assignment for one in found.values()],
+        QUANTIZER,
+        batch_size=evaluator.batch_size,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    rows = {
+        digest: {"perplexity": one.perplexity, "mean_kl": one.kl}
+        for digest, one in zip(found, measured.allocations, strict=True)
+    }
+    content = {
+        "model": evaluator.model.shape.name,
+        "held_out": held_out.source,
+        "calibration": calibration.source,
+        "quantizer": QUANTIZER.name,
+        "exact_perplexity": measured.exact_perplexity,
+        "allocations": rows,
+    }
+    write_json(arguments.plan / QUALITY, content, indent=1)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The plan's files, one a load. DataError: there are none."""
+    files = sorted(file for file in folder.glob("*.json") if file.name != QUALITY)
+    if not files:
+        raise DataError(f"{folder}: no allocations, which `plan` writes")
+    return files
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; gives the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        _plan(arguments)
+        arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -158,13 +189,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--sensitivity", type=Path, required=True, metavar="FILE", help="of the small model, by allocator.calibrate")
     add("--trace", type=Path, required=True, metavar="FILE", help="its tokens per expert, by allocator.trace")
     add("--size", required=True, metavar="MODEL", help="a config.json or known model with as many experts")
-    add("--profile", type=Path, nargs="+", required=True, metavar="FILE", help="what the latency model learns from")
+    add(
+        "--profile",
+        type=Path,
+        nargs="+",
+        default=[UNIFORM, MIXED],
+        metavar="FILE",
+        help="what the latency model learns from (default: the present tables)",
+    )
     add("--loads", default="t16=16,t64=64,t512=512", metavar="A=TOKENS", help="(default: %(default)s)")
-    add("--uniform", default=UNIFORM, metavar="A,B", help="schemes (default: %(default)s)")
+    add("--uniform", default=UNIFORM_SCHEMES, metavar="A,B", help="schemes (default: %(default)s)")
     add("--mixed", default="w4a8_g128_sym,w8a8_g-1_sym", metavar="A,B", help="schemes (default: %(default)s)")
     add("--beside", default="w8a8_g-1_sym", metavar="SCHEME", help="to be faster than (default: %(default)s)")
     add("--trials", type=int, default=40, metavar="N", help="of the outer study (default: %(default)s)")
     add("--out", type=Path, required=True, metavar="DIR", help="an existing folder")
+    plan.set_defaults(run=_plan)
+    quality = commands.add_parser("quality", help="measure their perplexities on the small model")
+    add_model_options(quality)
+    quality.add_argument("--plan", type=Path, required=True, metavar="DIR", help="what `plan` wrote")
+    quality.set_defaults(run=_quality)
     return parser
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 from costmodel.constants import DEFAULT_CONSTANTS, AnalyticConstants
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch, LaunchTable
-from costmodel.terms import Terms, norm
+from costmodel.terms import Terms, TileTime, norm
 from profiles.gpus import GpuSpec
 from profiles.kernels import GemmShape, KernelConfig
 from profiles.loads import TokenLoad
@@ -156,10 +156,11 @@ def solve_columns(
 def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> dict[str, Array]:
     """The columns of some launches."""
     terms = Terms(gpu, table, constants)
-    parts = _makespans(terms, table.num_tiles, ("total", *_PARTS))
+    full = terms.tile_us(table.ctas_per_sm[:, None])
+    parts = _makespans(terms, full, table.num_tiles, ("total", *_PARTS))
     if bool((table.num_full_tiles != table.num_tiles).any()):
         # Narrower last tiles take the tensor cores for less time; decoding, copies and barriers as long as others.
-        parts |= _makespans(terms, table.num_full_tiles, ("tensor",))
+        parts |= _makespans(terms, full, table.num_full_tiles, ("tensor",))
     total_tiles = table.num_tiles.sum(axis=1)
     busy = total_tiles > 0
     total, dram = parts.pop("total"), terms.dram_us()
@@ -184,12 +185,14 @@ def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants)
 _PARTS = ("tensor", "issue", "smem", "l2", "chain", "warp", "fetch", "epilogue")
 
 
-def _makespans(terms: Terms, num_tiles: Array, names: Sequence[str]) -> dict[str, Array]:
-    """[R] of each of these: the sum over the tiles that CTA 0 takes, of [R, S] tiles."""
+def _makespans(terms: Terms, full: TileTime, num_tiles: Array, names: Sequence[str]) -> dict[str, Array]:
+    """[R] of each of these: the sum over the tiles that CTA 0 takes, of [R, S] tiles, whose times are `full` while each
+    SM is full.
+    """
     table, num_sms = terms.table, terms.gpu.num_sms
-    full = terms.tile_us(table.ctas_per_sm[:, None])
-    order = np.argsort(-np.where(num_tiles > 0, full.total, -1.0), axis=1, kind="stable")
-    tiles = np.take_along_axis(num_tiles, order, axis=1)
+    several = num_tiles.shape[1] > 1
+    order = np.argsort(-np.where(num_tiles > 0, full.total, -1.0), axis=1, kind="stable") if several else None
+    tiles = _in_order(num_tiles, order)
     slots = num_sms * table.ctas_per_sm
     total_tiles = tiles.sum(axis=1)
     rounds = np.floor(total_tiles / slots)
@@ -199,11 +202,16 @@ def _makespans(terms: Terms, num_tiles: Array, names: Sequence[str]) -> dict[str
     weights_full, weights_last = _rounds_by_slot(tiles, slots, rounds, rest)
 
     def makespan(name: str) -> Array:
-        by_slot = np.take_along_axis(getattr(full, name), order, axis=1) * weights_full
-        by_slot += np.take_along_axis(getattr(last, name), order, axis=1) * weights_last
+        by_slot = _in_order(getattr(full, name), order) * weights_full
+        by_slot += _in_order(getattr(last, name), order) * weights_last
         return np.asarray(by_slot.sum(axis=1), dtype=np.float64)
 
     return {name: makespan(name) for name in names}
+
+
+def _in_order(values: Array, order: npt.NDArray[np.intp] | None) -> Array:
+    """[R, S] with each row's slots in this order; None: one slot, as it is."""
+    return values if order is None else np.take_along_axis(values, order, axis=1)
 
 
 def _rounds_by_slot(tiles: Array, slots: Array, rounds: Array, rest: Array) -> tuple[Array, Array]:

@@ -38,17 +38,16 @@ class Terms:
     def __init__(self, gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> None:
         self.gpu, self.table, self.constants = gpu, table, constants
         self.clocks_per_us = gpu.boost_clock_mhz
-        self.flops_per_clock_per_sm = self._tensor_rates(sheet=False)
+        self._sheet_rates = self._tensor_rates()
+        self.flops_per_clock_per_sm = self._sheet_rates * self._reached()
         active_sms = np.clip(table.num_tiles.sum(axis=1), 1.0, gpu.num_sms)
         l2 = constants.of(constants.l2_bytes_per_clock_per_sm, gpu.compute_capability)
         # Few busy SMs may each draw more than their share, up to the 64 bytes a clock of an SM's port.
         self.l2_bytes_per_clock = np.minimum(64.0, l2 * gpu.num_sms / active_sms)[:, None]
         self.latency_clocks = constants.of(constants.dram_latency_cycles, gpu.compute_capability)
 
-    def _tensor_rates(self, *, sheet: bool) -> Array:
-        """Multiply-add operations (2 each) a clock and SM of each slot's math, [R, S]; `sheet`: the data sheet's, not
-        what the family reaches.
-        """
+    def _tensor_rates(self) -> Array:
+        """Multiply-add operations (2 each) a clock and SM of each slot's math by the data sheet, [R, S]."""
         gpu, table = self.gpu, self.table
         rates = np.full(len(Math), np.nan)
         for index, math in enumerate(Math):
@@ -67,13 +66,14 @@ class Terms:
                     for math in missing
                 ],
             )
-        by_slot = np.nan_to_num(rates, nan=1.0)[table.math_index]
-        if sheet:
-            return np.asarray(by_slot, dtype=np.float64)
-        c = self.constants
+        return np.asarray(np.nan_to_num(rates, nan=1.0)[table.math_index], dtype=np.float64)
+
+    def _reached(self) -> Array:
+        """The share of the data sheet's rate that each slot's family reaches in its math, [R, S]."""
+        c, table = self.constants, self.table
         of_wgmma = np.asarray([c.wgmma_fraction.get(math, 1.0) for math in Math])[table.math_index]
-        of_mma = c.of(c.mma_sync_fraction, gpu.compute_capability)
-        return np.asarray(by_slot * np.where(table.is_mma_family[:, None], of_mma, of_wgmma), dtype=np.float64)
+        of_mma = c.of(c.mma_sync_fraction, self.gpu.compute_capability)
+        return np.asarray(np.where(table.is_mma_family[:, None], of_mma, of_wgmma), dtype=np.float64)
 
     def tile_us(self, ctas: Array) -> TileTime:
         """One tile's time when `ctas` CTAs ([R, 1]) share the SM."""
@@ -179,7 +179,7 @@ class Terms:
         """Larger of bytes over the data sheet's bandwidth and flops over its rates, [R]."""
         t, gpu = self.table, self.gpu
         memory = self._minimum_bytes().sum(axis=1) / (gpu.dram_gbps * 1e3)
-        clocks = 2.0 * t.num_tokens * t.n[:, None] * t.k[:, None] / (self._tensor_rates(sheet=True) * gpu.num_sms)
+        clocks = 2.0 * t.num_tokens * t.n[:, None] * t.k[:, None] / (self._sheet_rates * gpu.num_sms)
         return np.asarray(np.maximum(memory, clocks.sum(axis=1) / self.clocks_per_us), dtype=np.float64)
 
     def fill_us(self) -> Array:

@@ -2,6 +2,15 @@
 
 Importing this package needs neither torch nor CUTLASS nor a GPU; the modules that do are imported where they are used
 (ARCHITECTURE.md lists them).
+
+layouts     how weights, scales and activations lie in memory; formats: quantise, pack, check. kernels: the device code
+space       the configurations worth considering; legality: why one cannot be, from smem, smem_wgmma and registers
+build       `python -m kernel_gen.build`: compiler, pool and cache make objects, gate judges their machine code, linker
+            and bundle keep them; build_report
+experts     a linear's weights on a GPU; runtime: one launch, every argument checked; library: loaded kernels, of which
+            select takes one
+moe         grouped_gemm and MoELayer, whose other steps are in layer
+sweep       `python -m kernel_gen.sweep`, of sweeping's parts; measure: one candidate, timing: the clocks
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class KernelLibrary:
 
     Args:
         gpu: what torch's device is.
-        bundle: kernels made by `python -m kernel_gen.build`; without one, the compiler must be installed.
+        bundle: kernels made by `python -m kernel_gen.build`, each of which passed the gate; without one, the compiler
+            must be installed, and what it makes of a kernel is not looked at (docs/build.md).
     """
 
     def __init__(self, gpu: GpuSpec, bundle: Bundle | None = None) -> None:

@@ -98,6 +98,9 @@ class MoELayer(torch.nn.Module):
         fusions: Fusion | None = None,
     ) -> None:
         super().__init__()
+        for name, given in (("gate_up", gate_up), ("down", down)):
+            if not isinstance(given, Experts):
+                raise SpecError(f"{name}: expected kernel_gen.Experts, got {described(given)}")
         if gate_up.num_experts != down.num_experts:
             raise SpecError(f"down: expected {gate_up.num_experts} experts as gate_up has, got {down.num_experts}")
         if gate_up.n != 2 * down.k or gate_up.k != down.n:

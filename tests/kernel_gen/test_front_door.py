@@ -219,6 +219,63 @@ def test_a_gpu_of_another_architecture_is_refused() -> None:
     assert bundle.calls == []
 
 
+HIDDEN, INTERMEDIATE, TOP_K = 256, 96, 2
+
+
+def layer_of(gate_up=None, down=None) -> MoELayer:
+    bundle = bundle_of(W4)
+    return MoELayer(
+        experts_of(W4, n=2 * INTERMEDIATE, k=HIDDEN) if gate_up is None else gate_up,
+        experts_of(W4, n=HIDDEN, k=INTERMEDIATE) if down is None else down,
+        library=KernelLibrary(bundle.gpu, bundle),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: {"gate_up": torch.empty(3)}, r"gate_up: expected kernel_gen.Experts, got torch.float32 \[3\]"),
+        (lambda: {"down": [None]}, "down: expected kernel_gen.Experts, got a list"),
+        (lambda: {"down": experts_of(W4, n=HIDDEN, k=INTERMEDIATE, experts=4)}, "down: expected 3 experts .* got 4"),
+        (lambda: {"down": experts_of(W4, n=HIDDEN, k=HIDDEN)}, r"down: expected \[E, 256, 96\] .* got \[E, 256, 256\]"),
+        (
+            lambda: {"down": experts_of(W4, n=HIDDEN, k=INTERMEDIATE, device="cpu")},
+            "down: expected both on one CUDA device, got cuda:0 and cpu",
+        ),
+    ],
+)
+def test_a_layer_is_of_linears_that_fit(given, message) -> None:
+    with pytest.raises(SpecError, match=message):
+        layer_of(**given())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, i, w: (None, i, w), r"hidden: expected bfloat16 \[T, 256\] on cuda:0, got None"),
+        (lambda h, i, w: (tokens(TOKENS, HIDDEN, dtype=torch.float32), i, w), "hidden: .* got torch.float32"),
+        (lambda h, i, w: (tokens(TOKENS, HIDDEN + 8), i, w), r"hidden: .* got .* \[8, 264\]"),
+        (lambda h, i, w: (tokens(TOKENS, HIDDEN, device="cpu"), i, w), "hidden: .* on cuda:0, got .* on cpu"),
+        (lambda h, i, w: (h, [[0, 1]], w), r"expert_ids: expected integers \[8, top_k\] on cuda:0, got a list"),
+        (lambda h, i, w: (h, w, w), "expert_ids: expected integers .* got torch.float32"),
+        (lambda h, i, w: (h, tokens(TOKENS + 1, TOP_K, dtype=torch.int64), w), r"expert_ids: .* got .* \[9, 2\]"),
+        (lambda h, i, w: (h, i, i), r"expert_weights: expected floats \[8, 2\] on cuda:0, got torch.int64"),
+        (lambda h, i, w: (h, i, tokens(TOKENS, TOP_K + 1)), r"expert_weights: .* \[8, 2\] .* got .* \[8, 3\]"),
+        (lambda h, i, w: (h, i, None), "expert_weights: expected floats .* got None"),
+    ],
+)
+def test_a_layers_inputs_are_named(change, message) -> None:
+    given = (
+        tokens(TOKENS, HIDDEN),
+        tokens(TOKENS, TOP_K, dtype=torch.int64),
+        tokens(TOKENS, TOP_K, dtype=torch.float32),
+    )
+    layer = layer_of()
+    with pytest.raises(SpecError, match=message):
+        layer(*change(*given))
+    assert layer.kernels.bundle.calls == []
+
+
 def test_inside_a_capture_nothing_is_allocated(h200: SimpleNamespace) -> None:
     bundle, experts, out = bundle_of(W4), experts_of(W4), tokens(TOKENS, N)
     library = KernelLibrary(bundle.gpu, bundle)
