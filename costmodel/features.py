@@ -4,8 +4,9 @@ on every GPU.
 Times are what the analytic core says each resource alone would take, so they are already ratios to the card's limits;
 the rest are counts per SM, shares and ratios. Every column either never falls when an expert gets more tokens
 (`Kind.GROWS`) or does not depend on tokens (`Kind.FIXED`): a model that rises in the first and is free in the second
-is non-decreasing in tokens. Ratios that may do either (`Kind.RATIO`) and absolute sizes (`Kind.RAW`) are there to
-explain errors and for the baselines.
+is non-decreasing in tokens. How rounds of tiles share the growing ones (`Kind.PHASE`) is for the calibrated core, which
+is non-decreasing in all of them together. Ratios that may do either (`Kind.RATIO`) and absolute sizes (`Kind.RAW`) are
+there to explain errors and for the baselines.
 """
 
 from __future__ import annotations

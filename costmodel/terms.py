@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +46,22 @@ class Terms:
         self.l2_bytes_per_clock = np.minimum(64.0, l2 * gpu.num_sms / active_sms)[:, None]
         self.latency_clocks = constants.of(constants.dram_latency_cycles, gpu.compute_capability)
 
+    def narrowest(self) -> Terms:
+        """The same launches, each tile the narrowest that its configuration has."""
+        return self._with(self.table.narrowest(), slice(None))
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Terms:
+        """Some of the launches."""
+        return self._with(self.table.take(rows), rows)
+
+    def _with(self, table: LaunchTable, rows: slice | npt.NDArray[np.intp]) -> Terms:
+        """Other columns of tiles under the same rates."""
+        other = copy.copy(self)
+        other.table = table
+        other.flops_per_clock_per_sm = self.flops_per_clock_per_sm[rows]
+        other.l2_bytes_per_clock = self.l2_bytes_per_clock[rows]
+        return other
+
     def _tensor_rates(self) -> Array:
         """Multiply-add operations (2 each) a clock and SM of each slot's math by the data sheet, [R, S]."""
         gpu, table = self.gpu, self.table
@@ -53,12 +69,12 @@ class Terms:
         for index, math in enumerate(Math):
             if math in gpu.tensor_tops:
                 rates[index] = gpu.tensor_tops[math] * 1e6 / (gpu.num_sms * gpu.boost_clock_mhz)
-        missing = [
-            math.value
-            for index, math in enumerate(Math)
-            if np.isnan(rates[index]) and bool(np.any(table.math_index[table.used] == index))
-        ]
-        if missing:
+        by_slot = rates[table.math_index]
+        unknown = table.used & np.isnan(by_slot)
+        if bool(unknown.any()):
+            missing = [
+                math.value for index, math in enumerate(Math) if bool((table.math_index[unknown] == index).any())
+            ]
             raise UnsupportedError(
                 f"a latency on {gpu.name}",
                 [
@@ -66,7 +82,7 @@ class Terms:
                     for math in missing
                 ],
             )
-        return np.asarray(np.nan_to_num(rates, nan=1.0)[table.math_index], dtype=np.float64)
+        return np.asarray(np.where(table.used, by_slot, 1.0), dtype=np.float64)
 
     def _reached(self) -> Array:
         """The share of the data sheet's rate that each slot's family reaches in its math, [R, S]."""
@@ -107,7 +123,7 @@ class Terms:
             )
         )
         total = norm(list(clocks.values()), np.where(is_mma, c.overlap_squarings, c.wgmma_overlap_squarings)) + epilogue
-        per_us = {name: np.broadcast_to(value, total.shape) / self.clocks_per_us for name, value in clocks.items()}
+        per_us = {name: value / self.clocks_per_us for name, value in clocks.items()}
         return TileTime(total=total / self.clocks_per_us, epilogue=epilogue / self.clocks_per_us, **per_us)
 
     def _chain_clocks(self, mma_clocks: Array) -> Array:
@@ -158,7 +174,11 @@ class Terms:
 
     def dram_us(self) -> Array:
         """Time of the bytes at the bandwidth that streaming reaches, [R]."""
-        return self.dram_bytes() / (self.gpu.dram_gbps * 1e3 * self.constants.dram_efficiency)
+        return self.dram_us_of(self.dram_bytes())
+
+    def dram_us_of(self, num_bytes: Array) -> Array:
+        """Time of some bytes, [R]."""
+        return num_bytes / (self.gpu.dram_gbps * 1e3 * self.constants.dram_efficiency)
 
     def flops(self) -> Array:
         """Useful operations, 2 a multiply-add, [R]."""
@@ -198,18 +218,17 @@ def norm(parts: Sequence[Array], squarings: int | npt.NDArray[np.int_]) -> Array
     each = np.asarray(squarings)
     for_all, most = (int(each.min()), int(each.max())) if each.size else (0, 0)
     more = [each > step for step in range(for_all, most)]
-    largest = functools.reduce(np.maximum, parts)
-    scale = np.where(largest > 0, largest, 1.0)
-    total = np.zeros(scale.shape)
+    total: Array = np.zeros(1)
+    # Microseconds or clocks: their eighth powers are far from the ends of float64.
     for part in parts:
-        power = part / scale
-        for _ in range(for_all):
+        power = np.square(part) if for_all else np.array(part, dtype=np.float64)
+        for _ in range(for_all - 1):
             np.square(power, out=power)
         for happens in more:
             np.square(power, out=power, where=happens)
-        total += power
+        total = total + power
     for _ in range(for_all):
         np.sqrt(total, out=total)
     for happens in more:
         np.sqrt(total, out=total, where=happens)
-    return np.asarray(scale * total, dtype=np.float64)
+    return total

@@ -8,6 +8,7 @@ wgmma: a producer warp copies, every warp decodes its own rows, every wgmma read
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from costmodel.constants import MMA_K, WGMMA_MIN_TOKENS, WGMMA_ROWS
 from profiles.errors import UnsupportedError
 from profiles.gpus import Math
-from profiles.kernels import THREADS_PER_WARP, Family, KernelConfig
+from profiles.kernels import THREADS_PER_WARP, Family, KernelConfig, TileShape
 from profiles.schemes import QuantScheme
 
 K_TILE = MappingProxyType({Math.BF16: 64, Math.INT8: 128, Math.E4M3: 128, Math.INT4: 128})
@@ -104,6 +105,14 @@ class TileWork:
 def tile_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     """Counts for one tile; they depend on nothing else. UnsupportedError for a scheme that no kernel decodes."""
     return _wgmma_work(config, scheme) if config.family is Family.WGMMA else _mma_work(config, scheme)
+
+
+def narrowest_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
+    """Of the narrowest token tile that the configuration has; `tile_work` where all are as wide."""
+    if not config.tail:
+        return tile_work(config, scheme)
+    narrow = TileShape(m=config.tile.m, n=config.token_widths[0])
+    return tile_work(dataclasses.replace(config, tile=narrow, tail=0), scheme)
 
 
 def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:

@@ -145,7 +145,8 @@ class KernelLibrary:
         assert self.bundle is not None
         built = self._bundled_by_name.get(_by_name(spec))
         if built is None:
-            raise UnsupportedError(f"{spec.label}", [f"the bundle {self.bundle.path} lacks it"])
+            refused = [reason for item in self.bundle.refused if item.spec == spec for reason in item.reasons]
+            raise UnsupportedError(spec.label, refused or [f"the bundle {self.bundle.path} lacks it"])
         return Kernel(built.spec, self.bundle.function(built), built.facts.ctas_per_sm)
 
     @functools.cached_property
@@ -176,17 +177,16 @@ def _require_no_capture(label: str) -> None:
 
 @functools.cache
 def library_of(device_index: int) -> KernelLibrary:
-    """The library of one of torch's CUDA devices, which compiles in process. UnsupportedError for a GPU nobody
-    described.
+    """The library of one of torch's CUDA devices, which compiles in process. UnsupportedError for a GPU that is not
+    described: a library of one like it (`KernelLibrary(gpu)`) launches there, by the other's latency model.
     """
     properties = torch.cuda.get_device_properties(device_index)
     capability = (properties.major, properties.minor)
-    words = properties.name.lower().replace("-", " ").split()
-    named = [gpu for gpu in GPUS.values() if gpu.compute_capability == capability]
-    for gpu in named:
-        if gpu.name in "".join(words) or gpu.name in words:
+    for gpu in GPUS.values():
+        if gpu.is_called(properties.name, capability):
             return KernelLibrary(gpu)
-    known = ", ".join(gpu.name for gpu in named) or "none"
+    alike = ", ".join(gpu.name for gpu in GPUS.values() if gpu.compute_capability == capability) or "none"
     raise UnsupportedError(
-        properties.name, [f"not among the described GPUs of compute capability {capability}: {known}"]
+        f"kernels for {properties.name}",
+        [f"it is not described; of its compute capability {capability}: {alike}; pass a KernelLibrary of the nearest"],
     )

@@ -73,8 +73,8 @@ def _choose(
 
 
 def table_size(num_experts: int) -> int:
-    """The scheduler table that a kernel needs for so many experts: a power of two, 256 for most models. SpecError where
-    no table holds them.
+    """Experts that a kernel for so many is built with, its scheduler's table: a power of two, at least 256, so that one
+    build serves most models. SpecError where no table holds them.
     """
     if num_experts > MAX_EXPERTS:
         raise SpecError(f"experts: expected at most {MAX_EXPERTS}, which a kernel's table holds, got {num_experts}")

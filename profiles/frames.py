@@ -78,6 +78,9 @@ class TableKind:
         if missing or frame.empty:
             raise DataError(f"{where}: " + (f"missing columns {', '.join(missing)}" if missing else "it has no rows"))
         try:
+            for field in self.schema:
+                if not pa.types.is_string(field.type) and pd.api.types.is_string_dtype(frame[field.name]):
+                    raise TypeError(f"{field.name} is text")  # which pyarrow would read as numbers
             frame = pa.Table.from_pandas(frame, schema=self.schema, preserve_index=False).to_pandas()
         except (pa.ArrowException, TypeError) as error:
             raise DataError(f"{where}: a column is not of the type that {self.name} has ({error})") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.allocation import Allocation
-from allocator.command import open_data, open_model, progress_of
+from allocator.command import check_outputs, open_data, open_model, progress_of
 from allocator.export import compressed_tensors, gptq, modelopt
 from allocator.export.names import names_of
 from allocator.export.projection import Projection, project
@@ -47,8 +47,8 @@ def _run(arguments: argparse.Namespace) -> tuple[Projection, dict[str, Any] | No
     engine = None if arguments.target is None else Engine(arguments.target)
     form = Form(arguments.format) if arguments.format else (Form.NATIVE if engine is None else DEFAULT_FORM[engine])
     target = Target(form=form, engine=engine)
-    if not arguments.out.absolute().parent.is_dir():
-        raise SpecError(f"--out {arguments.out}: its folder does not exist")
+    if not arguments.weights:
+        check_outputs(arguments, "--out")
     if arguments.weights:
         _check_weights(arguments, target)
     native = Allocation.read(arguments.allocation)

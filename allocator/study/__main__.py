@@ -15,6 +15,7 @@ import pandas as pd
 
 from allocator.allocation import Allocation
 from allocator.budget import Budget
+from allocator.command import check_outputs
 from allocator.extras import require_study
 from allocator.sensitivity import Sensitivity
 from allocator.study.evidence import Evidence
@@ -58,8 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from allocator.study.storage import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if not arguments.out.absolute().parent.is_dir():
-        raise SpecError(f"--out {arguments.out}: its folder does not exist")
+    check_outputs(arguments, "--out")
     settings = run.Settings(
         goal=Goal(objective=Objective(arguments.objective), loss_weight=arguments.loss_weight),
         num_trials=arguments.trials,

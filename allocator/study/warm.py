@@ -1,5 +1,5 @@
-"""First trials: the sequential pipeline's answers, uniform schemes that the budget admits, and Lagrangian breakpoints of
-the additive problem, in which every scheme has its own best kernel.
+"""First trials: the sequential pipeline's answers, uniform schemes that the budget admits, and Lagrangian breakpoints
+of the additive problem, in which every scheme has its own best kernel.
 """
 
 from __future__ import annotations

@@ -79,6 +79,13 @@ def test_broken_sensitivities_are_refused(column: str, value: object, says: str)
         Sensitivity(frame)
 
 
+def test_numbers_as_text_are_refused(tmp_path: Path) -> None:
+    frame = a_sensitivity().frame()
+    frame.assign(loss=frame["loss"].astype(str)).to_parquet(tmp_path / "s.parquet", index=False)
+    with pytest.raises(DataError, match="loss is text"):
+        Sensitivity.read(tmp_path / "s.parquet")
+
+
 def test_rows_that_are_twice_or_missing_are_refused() -> None:
     frame = a_sensitivity().frame()
     with pytest.raises(DataError, match="two rows for layer 0, expert 0"):

@@ -23,11 +23,11 @@ from kernel_gen.experts import Experts  # noqa: E402
 from kernel_gen.formats import PackedWeights  # noqa: E402
 from kernel_gen.kernels import KernelSpec  # noqa: E402
 from kernel_gen.legality import estimated_facts  # noqa: E402
-from kernel_gen.library import KernelLibrary  # noqa: E402
+from kernel_gen.library import KernelLibrary, library_of  # noqa: E402
 from kernel_gen.moe import MoELayer, grouped_gemm  # noqa: E402
 from kernel_gen.runtime import Activations, prepare_activations  # noqa: E402
 from profiles import gpus, kernels, schemes  # noqa: E402
-from profiles.errors import SpecError  # noqa: E402
+from profiles.errors import SpecError, UnsupportedError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -64,10 +64,12 @@ def h200(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    runtime._gpu_of.cache_clear()
+    for cached in (runtime._gpu_of, library_of):
+        cached.cache_clear()
     with FakeTensorMode():
         yield state
-    runtime._gpu_of.cache_clear()
+    for cached in (runtime._gpu_of, library_of):
+        cached.cache_clear()
 
 
 def experts_of(*names: str, n: int = N, k: int = K, experts: int = EXPERTS, device: str = "cuda") -> Experts:
@@ -217,6 +219,17 @@ def test_a_gpu_of_another_architecture_is_refused() -> None:
     with pytest.raises(SpecError, match="bundle: expected kernels for sm_90a, got sm_89"):
         KernelLibrary(gpus.gpu("h200"), bundle)
     assert bundle.calls == []
+
+
+def test_a_card_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library_of(0).gpu.name == "h200"
+    library_of.cache_clear()
+    other = SimpleNamespace(major=9, minor=0, name="NVIDIA GH200 480GB", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: other)
+    with pytest.raises(
+        UnsupportedError, match=r"kernels for NVIDIA GH200 480GB .* of its compute .*: h100, h200; pass a"
+    ):
+        library_of(0)
 
 
 HIDDEN, INTERMEDIATE, TOP_K = 256, 96, 2
