@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from bench.layer.allocations import BF16, MIXED, Allocation, Group, average_bits
+from bench.layer.allocations import BF16, Allocation, Group, average_bits
 from bench.layer.building import GemmId, configs_of, left_out
 from bench.layer.contenders import FUSIONS, Context, Entry, Layer, Maker, Pair, Variant
 from bench.layer.layers import LaunchPerScheme, OneLaunch
@@ -18,7 +18,7 @@ from kernel_gen.moe import Fusion, MoELayer
 from kernel_gen.runtime import Activations
 from profiles.models import Linear
 
-PARTS_OF = (BF16.name, MIXED[1].name)
+PARTS_OF = (BF16.name, "w4a8/w8a8 int8 by row")
 """Allocations whose layer is also timed part by part, where that is asked for."""
 
 
