@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from costmodel.analytic import launch_latencies
+from costmodel.facts import BuildFacts
 from costmodel.launches import Launch
 from kernel_gen.build import compile_and_gate
 from kernel_gen.cache import KernelCache, default_cache_dir
@@ -29,24 +31,41 @@ def ranked(
     per_expert: tuple[QuantScheme, ...], n: int, k: int, counts: tuple[int, ...], gpu: GpuSpec, num_configs: int
 ) -> tuple[KernelConfig, ...]:
     """The configurations that the latency model puts first for these experts and their tokens, best first."""
-    slots = tuple(dict.fromkeys(per_expert))
-    max_experts = table_size(len(per_expert))
-    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts)
+    slots = tuple(sorted(set(per_expert), key=lambda scheme: scheme.name))
     load = TokenLoad(tokens_per_expert=counts, source="drawn")
+    shape = GemmShape(m=load.total, n=n, k=k)
+    possible = _possible(slots, gpu, table_size(len(per_expert)))
     launches = [
-        Launch(
-            shape=GemmShape(m=load.total, n=n, k=k),
-            load=load,
-            schemes=per_expert,
-            config=config,
-            facts=estimated_facts(config, slots, gpu, max_experts=max_experts),
-        )
-        for config in configs
+        Launch(shape=shape, load=load, schemes=per_expert, config=config, facts=facts) for config, facts in possible
     ]
     if not launches:
         return ()
     order = launch_latencies(gpu, launches)["latency_us"].to_numpy().argsort(kind="stable")
-    return tuple(configs[index] for index in order[:num_configs])
+    return tuple(possible[index][0] for index in order[:num_configs])
+
+
+@functools.cache
+def _possible(
+    slots: tuple[QuantScheme, ...], gpu: GpuSpec, max_experts: int
+) -> tuple[tuple[KernelConfig, BuildFacts], ...]:
+    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts)
+    return tuple((config, estimated_facts(config, slots, gpu, max_experts=max_experts)) for config in configs)
+
+
+def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[KernelConfig]:
+    """A few configurations of which every ranking has `number` among its first 2 * `number`: kernels that many launches
+    can try. Greedy: always the one that most rankings still lack.
+    """
+    tops = [ranking[: 2 * number] for ranking in rankings]
+    lacking = [min(number, len(top)) for top in tops]
+    found: list[KernelConfig] = []
+    while any(lacking):
+        wanted = Counter(
+            config for top, lacks in zip(tops, lacking, strict=True) for config in top if lacks and config not in found
+        )
+        found.append(wanted.most_common(1)[0][0])  # of equals the one that was ranked first where it was met first
+        lacking = [max(0, lacks - (found[-1] in top)) for top, lacks in zip(tops, lacking, strict=True)]
+    return found
 
 
 def progress(num_kernels: int) -> AbstractContextManager[Phase]:

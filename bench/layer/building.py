@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.kernel_sets import ranked
+from bench.kernel_sets import ranked, shared
 from bench.layer.allocations import BF16, Allocation, Group
 from bench.layer.cells import Cell
 from kernel_gen.cache import default_cache_dir
@@ -29,14 +31,16 @@ from profiles.schemes import QuantScheme
 
 ID_BITS, ROUTER_WEIGHT_BITS = 64, 32
 """What torch.topk and softmax give."""
+FEW_STEPS = 40
+"""So many are compiled in this process: workers take longer to start, ten seconds where we measured."""
 STEPS = Fusion.ROUTE | Fusion.GATHER | Fusion.SWIGLU | Fusion.COMBINE
 """Everything around the GEMMs, and the GEMMs as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to measure, which decides the kernels. fusions: which steps are ours, in as many ways as are compared; the
-    first is what tuning and the launches a scheme use.
+    """What to measure, which decides the kernels. num_configs: every launch tries at least so many. fusions: which
+    steps are ours, in as many ways as are compared; the first is what tuning and the launches a scheme use.
     """
 
     cells: tuple[Cell, ...]
@@ -69,27 +73,50 @@ def left_out(fusions: Fusion) -> tuple[Fusion, ...]:
     )
 
 
-def configs_of(
-    schemes: Sequence[QuantScheme], cell: Cell, linear: Linear, counts: Sequence[int], gpu: GpuSpec, number: int
-) -> tuple[KernelConfig, ...]:
-    """The configurations worth timing for a launch of these experts with these tokens."""
-    n, k = cell.shape.gemm(linear)
-    return ranked(tuple(schemes), n, k, tuple(counts), gpu, number)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmId:
+    """A GEMM launch of a plan. share: only the experts of this scheme."""
+
+    cell: Cell
+    allocation: str
+    linear: Linear
+    share: QuantScheme | None = None
+
+
+def configs_of(plan: Plan, gemm: GemmId) -> tuple[KernelConfig, ...]:
+    """The configurations that a launch of the plan tries, best first by the latency model."""
+    return _choices(plan)[gemm]
+
+
+@functools.cache
+def _choices(plan: Plan) -> dict[GemmId, tuple[KernelConfig, ...]]:
+    """Launches that may share kernels, those of the same schemes and options, choose together."""
+    groups: dict[tuple[frozenset[QuantScheme], bool], dict[GemmId, tuple[KernelConfig, ...]]] = {}
+    for cell in plan.cells:
+        for allocation in plan.of(cell):
+            for gemm, schemes, counts in launches_of(allocation, cell):
+                fused = Fusion.EPILOGUE in plan.fusions[0] and gemm.linear is Linear.GATE_UP
+                ranking = ranked(schemes, *cell.shape.gemm(gemm.linear), counts, plan.gpu, 2 * plan.num_configs)
+                groups.setdefault((frozenset(schemes), fused), {})[gemm] = ranking
+    found: dict[GemmId, tuple[KernelConfig, ...]] = {}
+    for rankings in groups.values():
+        chosen = set(shared(list(rankings.values()), plan.num_configs))
+        found |= {gemm: tuple(each for each in ranking if each in chosen) for gemm, ranking in rankings.items()}
+    return found
 
 
 def launches_of(
     allocation: Allocation, cell: Cell
-) -> Iterator[tuple[Linear, tuple[QuantScheme, ...], tuple[int, ...], bool]]:
-    """Every GEMM launch of an allocation's contenders: the linear, the experts' schemes and tokens, and whether it is
-    one scheme's share.
-    """
+) -> Iterator[tuple[GemmId, tuple[QuantScheme, ...], tuple[int, ...]]]:
+    """Every GEMM launch of an allocation's contenders, with its experts' schemes and tokens."""
     counts = cell.counts()
     for linear, schemes in cell.schemes(allocation).items():
-        yield linear, schemes, counts, False
+        yield GemmId(cell=cell, allocation=allocation.name, linear=linear), schemes, counts
         if allocation.group is Group.MIXED:
             for slot in dict.fromkeys(schemes):
-                mine = [count for scheme, count in zip(schemes, counts, strict=True) if scheme == slot]
-                yield linear, (slot,) * len(mine), tuple(mine), True
+                mine = tuple(count for scheme, count in zip(schemes, counts, strict=True) if scheme == slot)
+                share = GemmId(cell=cell, allocation=allocation.name, linear=linear, share=slot)
+                yield share, (slot,) * len(mine), mine
 
 
 def specs_needed(plan: Plan) -> list[KernelSpec]:
@@ -97,26 +124,24 @@ def specs_needed(plan: Plan) -> list[KernelSpec]:
     found: dict[KernelSpec, None] = {}
     for cell in plan.cells:
         for allocation in plan.of(cell):
-            for linear, schemes, counts, is_share in launches_of(allocation, cell):
-                size = table_size(cell.shape.num_experts)
-                for config in configs_of(schemes, cell, linear, counts, plan.gpu, plan.num_configs):
-                    for swiglu, overlap in _options(plan, linear, is_share=is_share):
-                        spec = KernelSpec(
-                            config=config,
-                            schemes=tuple(sorted(set(schemes), key=lambda scheme: scheme.name)),
-                            arch=plan.gpu.arch,
-                            max_experts=size,
-                            swiglu=swiglu,
-                            overlap=overlap,
-                        )
-                        found[spec] = None
+            for gemm, schemes, _ in launches_of(allocation, cell):
+                for config, (swiglu, overlap) in itertools.product(configs_of(plan, gemm), _options(plan, gemm)):
+                    spec = KernelSpec(
+                        config=config,
+                        schemes=tuple(sorted(set(schemes), key=lambda scheme: scheme.name)),
+                        arch=plan.gpu.arch,
+                        max_experts=table_size(cell.shape.num_experts),
+                        swiglu=swiglu,
+                        overlap=overlap,
+                    )
+                    found[spec] = None
     return list(found)
 
 
-def _options(plan: Plan, linear: Linear, *, is_share: bool) -> set[tuple[bool, bool]]:
+def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool]]:
     """(swiglu, overlap) of a launch's kernels. A launch on a stream of its own does not overlap otherwise."""
-    first, is_first_linear = plan.fusions[0], linear is Linear.GATE_UP
-    fusions = (first, first & ~Fusion.OVERLAP) if is_share else plan.every_fusion
+    first, is_first_linear = plan.fusions[0], gemm.linear is Linear.GATE_UP
+    fusions = plan.every_fusion if gemm.share is None else (first, first & ~Fusion.OVERLAP)
     return {(Fusion.EPILOGUE in each and is_first_linear, Fusion.OVERLAP in each) for each in fusions}
 
 
@@ -162,7 +187,10 @@ def build_steps(specs: Sequence[StepSpec]) -> dict[StepSpec, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     objects = {spec: folder / f"{spec.fingerprint()}-{dsl_version()}.o" for spec in specs}
     missing = [spec for spec in specs if not objects[spec].exists()]
-    if missing:
+    if len(missing) <= FEW_STEPS:
+        for spec in missing:
+            _export(spec, objects[spec])
+    else:
         with (
             phase("compiling steps", len(missing), live=True) as progress,
             ProcessPoolExecutor(num_workers(len(missing)), multiprocessing.get_context("spawn")) as pool,

@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import Tensor
 
-from bench.layer.allocations import BF16, MIXED, Allocation, Group, average_bits
-from bench.layer.building import configs_of, left_out
+from bench.layer.allocations import BF16, Allocation, Group, average_bits
+from bench.layer.building import GemmId, configs_of, left_out
 from bench.layer.contenders import FUSIONS, Context, Entry, Layer, Maker, Pair, Variant
 from bench.layer.layers import LaunchPerScheme, OneLaunch
 from bench.layer.reference import expected_output
@@ -18,7 +18,7 @@ from kernel_gen.moe import Fusion, MoELayer
 from kernel_gen.runtime import Activations
 from profiles.models import Linear
 
-PARTS_OF = (BF16.name, MIXED[1].name)
+PARTS_OF = (BF16.name, "w4a8/w8a8 int8 by row")
 """Allocations whose layer is also timed part by part, where that is asked for."""
 
 
@@ -58,7 +58,7 @@ class OurLayers:
 
     @functools.cached_property
     def _configs(self) -> str:
-        return _tune(self._sets(Fusion.EPILOGUE in self._first)[0], self._context)
+        return _tune(self._allocation.name, self._sets(Fusion.EPILOGUE in self._first)[0], self._context)
 
     def _entry(self, variant: Variant, layers: Sequence[Layer], *, fusions: str, configs: str, part: str = "") -> Entry:
         return Entry(
@@ -85,7 +85,7 @@ class OurLayers:
             LaunchPerScheme(*pair, self._context.kernels, streams, overlap=self._context.overlap)
             for pair in self._sets(Fusion.EPILOGUE in self._first)
         ]
-        configs = _tune_shares(split[0], self._context)
+        configs = _tune_shares(self._allocation.name, split[0], self._context)
         return self._entry(variant, split, fusions=_name(self._first), configs=configs)
 
     def _up_to(self, part: str) -> Entry:
@@ -112,15 +112,12 @@ def _prefix(layer: OneLaunch, part: str, context: Context) -> Callable[[], objec
     return layer.prefixes(*context.given.tensors)[part]
 
 
-def _tune(pair: Pair, context: Context) -> str:
+def _tune(name: str, pair: Pair, context: Context) -> str:
     """Both linears of MoELayer."""
     layer = OneLaunch(*pair, context.kernels, overlap=context.overlap)
 
     def tune(linear: Linear, experts: Experts, x: Activations, offsets: Tensor, out: Tensor) -> str:
-        plan = context.plan
-        configs = configs_of(
-            experts.scheme_of_expert, context.cell, linear, context.given.counts, plan.gpu, plan.num_configs
-        )
+        configs = configs_of(context.plan, GemmId(cell=context.cell, allocation=name, linear=linear))
         return context.kernels.tune(
             experts, x.num_tokens, configs, x, offsets, out, context.time_single, overlap=context.overlap
         )
@@ -133,18 +130,17 @@ def _tune(pair: Pair, context: Context) -> str:
     return f"{first}, {second}"
 
 
-def _tune_shares(layer: LaunchPerScheme, context: Context) -> str:
+def _tune_shares(name: str, layer: LaunchPerScheme, context: Context) -> str:
     """Every launch of a layer that has one a scheme."""
     names = []
-    plan = context.plan
     routing, x = layer.dispatch(context.given.hidden, context.given.ids)
     gate_up = out = context.rows(layer.first_columns)
     for linear in Linear:
         if linear is Linear.DOWN:
             x, out = layer.product(gate_up, routing), context.rows(layer.down.n)
         for share in layer.shares[linear]:
-            counts = [context.given.counts[expert] for expert in share.members[0]]
-            configs = configs_of(share.scheme_of_expert, context.cell, linear, counts, plan.gpu, plan.num_configs)
+            gemm = GemmId(cell=context.cell, allocation=name, linear=linear, share=share.schemes[0])
+            configs = configs_of(context.plan, gemm)
             names.append(
                 context.kernels.tune(
                     share,

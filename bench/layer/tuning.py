@@ -69,7 +69,8 @@ class TunedLibrary(KernelLibrary):
             launch()  # loads the kernel and copies the experts' tables, which a capture cannot
             found.append((time_single(launch, TRIES), kernel))
         if not found:
-            raise UnsupportedError(f"{experts.schemes}", refused or ["no configuration is legal"])
+            names = "+".join(scheme.name for scheme in experts.schemes)
+            raise UnsupportedError(f"one launch of {names}", refused or ["no configuration is legal"])
         self._chosen[key] = min(found, key=lambda pair: pair[0])[1]
         return self._chosen[key].spec.config.name
 

@@ -3,7 +3,8 @@
 A contender's values are checked before its time counts, with the sweep's check. Of our configurations the few that are
 fastest alone go on. Then rounds: in each, every contender
 is timed once (kernel_gen.timing: graph replays, L2 cold), so that a clock that falls falls on all; a latency is the
-median of the rounds. Then each launch is timed alone, as the published peers were (`single_us`). Who fails is a row
+median of the rounds. Then each launch is timed alone, as the published peers were (`single_us`), and beside it one that
+does nothing (`floor_us`), since what a replay costs is part of both. Who fails is a row
 with the reason. After a CUDA error nothing more can run in the process: what is left of the cell becomes rows too, and
 the run ends; a second run of the command goes on with the next cell.
 """
@@ -222,7 +223,12 @@ def _finalists(ready: list[tuple[Contender, Entry]], clock: Clock) -> list[tuple
 def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rounds: int) -> list[dict[str, Any]]:
     """Rounds over all, each timed once a round."""
     timings: dict[int, list[Timing]] = {index: [] for index in range(len(ready))}
-    single: dict[int, float] = {}
+    single: dict[int, tuple[float, float]] = {}
+    one = torch.zeros(1, device=device.torch_device)
+
+    def nothing() -> None:
+        one.add_(1)
+
     failed: dict[int, dict[str, Any]] = {}
     for number in range(rounds + 1):
         for index, (contender, entry) in enumerate(ready):
@@ -232,7 +238,8 @@ def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rou
                 if number < rounds:
                     timings[index].append(device.clock.time_launches(entry.launches, RULE))
                 else:
-                    single[index] = device.clock.time_single(entry.launches[0])
+                    floor_us = device.clock.time_single(nothing)
+                    single[index] = device.clock.time_single(entry.launches[0]), floor_us
             except device.failures as error:
                 failed[index] = _failure(cell, contender.name, contender.config, Status.LAUNCH_ERROR, error, device)
                 if failed[index]["context_lost"]:
@@ -245,7 +252,7 @@ def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rou
 
 
 def _row(
-    cell: Cell, contender: Contender, timings: Sequence[Timing], single_us: float, device: Device
+    cell: Cell, contender: Contender, timings: Sequence[Timing], single: tuple[float, float], device: Device
 ) -> dict[str, Any]:
     medians = sorted(timing.median_us for timing in timings)
     latency = statistics.median(medians)
@@ -257,7 +264,8 @@ def _row(
         "latency_us": latency,
         "least_us": medians[0],
         "most_us": medians[-1],
-        "single_us": single_us,
+        "single_us": single[0],
+        "floor_us": single[1],
         "num_samples": sum(timing.num_samples for timing in timings),
         **{name: statistics.median(getattr(timing, name) for timing in timings) for name in CLOCKS},
         "fraction": cell.roofline.us / latency,
@@ -274,7 +282,7 @@ def _failure(
         "status": status.value,
         "error": text,
         "context_lost": isinstance(error, (torch.AcceleratorError, LaunchError)),
-        **dict.fromkeys(("latency_us", "least_us", "most_us", "single_us", *CLOCKS), math.nan),
+        **dict.fromkeys(("latency_us", "least_us", "most_us", "single_us", "floor_us", *CLOCKS), math.nan),
         "num_samples": 0,
         "fraction": math.nan,
     }

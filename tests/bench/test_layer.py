@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from bench.kernel_sets import shared  # noqa: E402
 from bench.layer import report  # noqa: E402
 from bench.layer.__main__ import main  # noqa: E402
 from bench.layer.allocations import ALLOCATIONS, BF16, MIXED, UNIFORM, Group, allocation, average_bits  # noqa: E402
@@ -98,6 +99,14 @@ def test_every_launch_is_built_before() -> None:
     assert {spec.overlap for spec in shares} == {True, False}  # one after the other, and on streams
     four = specs_needed(plan(mix.name, fusions=tuple(FUSIONS.values())))
     assert {(spec.swiglu, spec.overlap) for spec in four} == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_launches_share_their_kernels() -> None:
+    a, b, c, d = "abcd"
+    assert shared([(a, b, c), (d, b, a), (c, b, d)], 1) == [b]
+    assert shared([(a, b), (c, d)], 1) in ([a, c], [b, d], [a, d], [b, c])
+    assert shared([(a,), ()], 3) == [a]
+    assert set(shared([(a, b, c, d), (d, c, b, a)], 2)) in ({a, b}, {b, c}, {a, c}, {a, d}, {b, d}, {c, d})
 
 
 def test_a_mix_of_one_scheme_is_none() -> None:

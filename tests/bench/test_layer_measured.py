@@ -215,7 +215,8 @@ def test_every_layer_is_right_and_timed(device, fusions) -> None:
 
 def test_parts_and_each_fusion_left_out(device) -> None:
     rows = measured(device, plan(40, fusions=("all",), parts=True))
-    assert set(rows[rows["allocation"] == MIX]["part"]) == {
+    assert set(rows[rows["allocation"] == MIX]["part"]) == {""}
+    assert set(rows[rows["allocation"] == ours.PARTS_OF[0]]["part"]) == {
         "",
         *(f"up to {part}" for part in OneLaunch.PARTS),
         *(f"without {name}" for name in ("route", "gather", "combine", "epilogue", "overlap")),
