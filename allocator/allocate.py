@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from allocator.allocation import Allocation, Granularity, LaunchKernel, Uniform
-from allocator.arrays import Solution, solve_arrays
+from allocator.arrays import InfeasibleError, Solution, solve_arrays
 from allocator.budget import Budget
 from allocator.problem import Floats, Ints
 from allocator.sensitivity import SHARED_EXPERT, Sensitivity
@@ -88,25 +88,32 @@ def allocate(
     if budget.weight_bytes is not None:
         avg_bits = budget.weight_bytes * 8 / total_weights
     layers = np.array([i.layer for i in blocks.ids])
+    mask = _allowed(blocks, options)
+    _require_choice(blocks, mask, options)
     limits = np.array([budget.max_latency_us.get(name, np.inf) for name in blocks.scenarios])
     limited = np.isfinite(limits)
     at_most = options.max_schemes if options.granularity is not Granularity.LAYER else None
-    solution = solve_arrays(
-        blocks.loss,
-        blocks.bits,
-        avg_bits=avg_bits,
-        latency_us=blocks.latency_us[:, :, limited] if limited.any() else None,
-        max_latency_us=limits[limited] if limited.any() else None,
-        sizes=blocks.sizes,
-        allowed=_allowed(blocks, options),
-        pinned=_pins(blocks, options.pinned),
-        groups=groups_of(blocks.ids, options.granularity),
-        layers=layers if budget.per_layer else None,
-        launches=None if at_most is None else _launches(blocks.ids, options.granularity),
-        max_schemes=at_most,
-        scenarios=[name for name, is_limited in zip(blocks.scenarios, limited, strict=True) if is_limited],
-        effort=effort,
-    )
+    try:
+        solution = solve_arrays(
+            blocks.loss,
+            blocks.bits,
+            avg_bits=avg_bits,
+            latency_us=blocks.latency_us[:, :, limited] if limited.any() else None,
+            max_latency_us=limits[limited] if limited.any() else None,
+            sizes=blocks.sizes,
+            allowed=mask,
+            pinned=_pins(blocks, options.pinned),
+            groups=groups_of(blocks.ids, options.granularity),
+            layers=layers if budget.per_layer else None,
+            launches=None if at_most is None else _launches(blocks.ids, options.granularity),
+            max_schemes=at_most,
+            scenarios=[name for name, is_limited in zip(blocks.scenarios, limited, strict=True) if is_limited],
+            effort=effort,
+        )
+    except InfeasibleError as error:
+        if budget.weight_bytes is None:
+            raise
+        raise InfeasibleError(f"{error} (avg_bits of 1 is {total_weights / 8:,.0f} bytes here)") from error
     return _allocation(sensitivity, cost_table, budget, options, blocks, solution)
 
 
@@ -199,6 +206,21 @@ def _allowed(blocks: Blocks, options: Options) -> np.ndarray[tuple[int, ...], np
             f" it has {', '.join(scheme.name for scheme in blocks.schemes)}"
         )
     return np.array([scheme in options.schemes for scheme in blocks.schemes])
+
+
+def _require_choice(
+    blocks: Blocks, allowed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] | None, options: Options
+) -> None:
+    """DataError: a linear with no scheme that is allowed, has a loss, and has a kernel in every limited scenario."""
+    open_ = np.isfinite(blocks.loss) & (True if allowed is None else allowed)
+    if open_.any(axis=1).all():
+        return
+    block = blocks.ids[int(np.argmin(open_.any(axis=1)))]
+    raise DataError(
+        f"layer {block.layer} expert {block.expert} {block.linear.value} has no scheme left: none"
+        + (" of those allowed" if options.schemes is not None else "")
+        + " has both a loss in the sensitivity and, where there is a cost table, a latency in it"
+    )
 
 
 def _pins(blocks: Blocks, pinned: Mapping[LinearId, QuantScheme]) -> Ints | None:

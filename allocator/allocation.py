@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from profiles.schemes import QuantScheme
 
 KIND = "bitile allocation"
 SCHEMA_VERSION = 1
+"""Of the file; allocation.schema.json beside this module says the same to other tools."""
+
+
+SHARED = -1
+"""`expert` of the shared expert."""
 
 
 class Granularity(Enum):
@@ -146,6 +151,8 @@ class Allocation:
             raise DataError(
                 f"{where}: an allocation of schema version {version}; this version of bitile reads {SCHEMA_VERSION}"
             )
+        if unknown := sorted(set(content) - FIELDS):
+            raise DataError(f"{where}: an allocation of schema version {version} has no field {unknown[0]!r}")
         try:
             allocation = _parse(content)
         except KeyError as error:
@@ -181,6 +188,9 @@ class Allocation:
         except ValueError as error:
             raise DataError(f"{source}: not a readable JSON file, truncated or foreign ({error})") from error
         return cls.from_json(content, where=str(source))
+
+
+FIELDS = {field.name for field in fields(Allocation)} | {"kind", "schema_version"}
 
 
 def _parse(content: dict[str, Any]) -> Allocation:
@@ -257,6 +267,9 @@ def _check(allocation: Allocation, rows: int, where: str) -> None:
         raise DataError(f"{where}: its assignment is empty")
     if len(allocation.assignment) != rows:
         raise DataError(f"{where}: its assignment has a linear twice")
+    for block in allocation.assignment:
+        if block.layer < 0 or block.expert < SHARED:
+            raise DataError(f"{where}: its assignment has layer {block.layer} expert {block.expert}, which cannot be")
     rounding = 1e-9 * max(abs(allocation.predicted_loss), abs(allocation.bound))
     if allocation.bound > allocation.predicted_loss + rounding or allocation.gap < 0:
         raise DataError(
@@ -265,6 +278,9 @@ def _check(allocation: Allocation, rows: int, where: str) -> None:
     limit = allocation.budget.avg_weight_bits
     if limit is not None and allocation.avg_weight_bits > limit * (1 + 1e-9):
         raise DataError(f"{where}: avg_weight_bits {allocation.avg_weight_bits} exceeds its budget {limit}")
+    most_bytes = allocation.budget.weight_bytes
+    if most_bytes is not None and allocation.weight_bytes > most_bytes:
+        raise DataError(f"{where}: weight_bytes {allocation.weight_bytes} exceeds its budget {most_bytes}")
     for name, most in allocation.budget.max_latency_us.items():
         used = allocation.predicted_latency_us.get(name)
         if used is None or used > most * (1 + 1e-9):

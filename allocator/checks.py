@@ -31,7 +31,7 @@ def floats(value: ArrayLike, name: str) -> Floats:
     """float64 of anything numeric without NaN."""
     try:
         given = np.asarray(value)
-        if given.dtype.kind in "SU":  # numpy would read "4" as 4
+        if given.dtype.kind in "SUcMm":  # numpy would read "4" as 4, and a complex number's real part
             raise TypeError
         array = given.astype(np.float64)
     except (TypeError, ValueError):
@@ -246,6 +246,8 @@ def _within_reach(resource: Resource) -> Resource:
 def _scenario_names(scenarios: Sequence[str] | None, count: int) -> Sequence[str]:
     if scenarios is None:
         return [str(i) for i in range(count)]
+    if len(set(scenarios)) < len(scenarios):
+        raise SpecError(f"scenarios must differ, not be {', '.join(map(str, scenarios))}")
     if len(scenarios) != count:
         raise SpecError(f"scenarios must name each of latency_us's {count} scenarios, not {len(scenarios)}")
     return scenarios

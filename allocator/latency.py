@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from allocator.allocation import Allocation
+from allocator.command import check_outputs
 from allocator.latencies import Latencies, LaunchTime, digest_of
 from allocator.report_data import launch_name
 from allocator.scenarios import by_share, parse_loads, typical_load
@@ -310,8 +311,7 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
 
 
 def _run(arguments: argparse.Namespace, bench: Bench | None) -> Latencies:
-    if not arguments.out.absolute().parent.is_dir():
-        raise SpecError(f"--out {arguments.out}: its folder does not exist")
+    check_outputs(arguments, "--out")
     allocations = read_finalists(arguments.allocation)
     shape = find_model(arguments.model or next(iter(allocations.values())).model)
     trace = read_trace(arguments.trace)

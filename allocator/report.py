@@ -10,6 +10,7 @@ from pathlib import Path
 
 from allocator.allocate import Options
 from allocator.allocation import Allocation
+from allocator.command import check_outputs
 from allocator.report_data import FRONT_POINTS, ReportData, collect
 from allocator.report_page import page
 from allocator.report_plots import plots
@@ -60,8 +61,7 @@ def _run(arguments: argparse.Namespace) -> tuple[ReportData, tuple[Path, ...]]:
     out: Path = arguments.out
     if out.suffix != ".html":
         raise SpecError(f"--out {out}: a report is HTML, with its pictures beside it; name it FILE.html")
-    if not out.absolute().parent.is_dir():
-        raise SpecError(f"--out {out}: its folder does not exist")
+    check_outputs(arguments, "--out")
     if arguments.points < 2:
         raise SpecError(f"--points {arguments.points}: a front has at least 2")
     allocation = Allocation.read(arguments.allocation)

@@ -11,6 +11,7 @@ from typing import Any
 
 from allocator.allocate import Options
 from allocator.allocation import Allocation
+from allocator.command import check_outputs
 from allocator.robustness import latency_regrets, loss_regrets, minimise_worst_case, reweighted, summary
 from allocator.sensitivity import Sensitivity
 from costmodel.table import CostTable
@@ -34,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
-        raise SpecError(f"--out {arguments.out}: its folder does not exist")
+    check_outputs(arguments, "--out")
     allocation = Allocation.read(arguments.allocation)
     sensitivity = Sensitivity.read(arguments.sensitivity)
     cost_table = None if arguments.cost is None else CostTable.read(arguments.cost)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from allocator.problem import Floats, Ints
 from costmodel.launches import Launch
 from costmodel.table import CostTable, PricedLaunch
 from kernel_gen.legality import estimated_facts
@@ -21,6 +22,8 @@ from profiles.schemes import QuantScheme
 
 BATCH_TOKENS = {"decode": 64, "prefill": 4096}
 """Tokens of a batch that the two usual loads have."""
+MOST_DRAWS, DRAWN_ROWS = 1024, 1 << 21
+"""Batches that a typical load is the mean of: so many, fewer where their rows are more; one a layer at least."""
 
 
 def parse_loads(text: str) -> dict[str, int]:
@@ -43,26 +46,59 @@ def parse_loads(text: str) -> dict[str, int]:
 
 
 def typical_load(trace: Mapping[int, TokenLoad], shape: MoeShape, num_tokens: int, name: str) -> TokenLoad:
-    """A batch routed as a trace's layers are on average: experts of each layer by falling share, shares averaged over
-    layers, rows dealt out by largest remainder. No expert gets more than `num_tokens` rows.
+    """A batch as routing deals it out on average: experts by falling count, as many of them idle as in real batches.
+
+    A token takes top_k different experts, each with a probability of top_k times its share of its layer's trace; tokens
+    are independent. Batches of every layer are drawn so; their sorted counts are averaged over draws and layers, and
+    rounded by largest remainder. Of a layer with probabilities q, sum(1 - (1 - q)^num_tokens) experts are active on
+    average. No expert gets more than `num_tokens` rows. Seeded: the same trace, the same load.
 
     Raises:
-        DataError: the trace has another number of experts.
+        SpecError: no tokens. DataError: the trace has no layer, one without tokens, or another number of experts.
     """
-    if any(load.num_experts != shape.num_experts for load in trace.values()):
-        raise DataError(f"the trace has other than the {shape.num_experts} experts of {shape.name}")
-    shares = np.zeros(shape.num_experts)
-    for load in trace.values():
-        counts = np.sort(np.asarray(load.tokens_per_expert, dtype=np.float64))[::-1]
-        shares += counts / max(counts.sum(), 1.0) / len(trace)
+    if num_tokens < 1:
+        raise SpecError(f"load {name}: at least 1 token is needed, not {num_tokens}")
+    if not trace or any(load.num_experts != shape.num_experts or not load.total for load in trace.values()):
+        raise DataError(f"the trace has other than the {shape.num_experts} experts of {shape.name}, or no tokens")
     rows = num_tokens * shape.top_k
-    exact = np.minimum(shares / shares.sum() * rows, num_tokens)
-    counts = np.floor(exact).astype(np.int64)
-    order = np.argsort(-(exact - counts), kind="stable")
-    while (left := rows - int(counts.sum())) > 0:  # some experts may be full
-        free = [i for i in order if counts[i] < num_tokens][:left]
-        counts[free] += 1
+    draws = max(1, min(MOST_DRAWS, DRAWN_ROWS // rows) // len(trace))
+    rng = np.random.default_rng(0)
+    summed = np.zeros(shape.num_experts)
+    for load in trace.values():
+        chances = _chances(np.asarray(load.tokens_per_expert, dtype=np.float64), shape.top_k)
+        for _ in range(draws):
+            summed += np.sort(_drawn(chances, num_tokens, shape.top_k, rng))[::-1]
+    mean = summed / (draws * len(trace))
+    counts = np.floor(mean).astype(np.int64)
+    counts[np.argsort(counts - mean, kind="stable")[: rows - int(counts.sum())]] += 1
     return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=name)
+
+
+def _chances(tokens: Floats, top_k: int) -> Floats:
+    """How probably a token takes each expert, [experts]: as its tokens, at most 1, top_k in all. Where fewer than top_k
+    experts have tokens, the others share the rest evenly.
+    """
+    certain = np.zeros(len(tokens), dtype=np.bool_)
+    chances = np.zeros(len(tokens))
+    while (left := top_k - int(certain.sum())) > 0:
+        weights = np.where(certain, 0.0, tokens)
+        weights = weights if weights.any() else np.where(certain, 0.0, 1.0)
+        chances = np.where(certain, 1.0, left * weights / weights.sum())
+        if not (chances > 1).any():
+            break
+        certain |= chances > 1
+    return np.minimum(np.where(certain, 1.0, chances), 1.0)
+
+
+def _drawn(chances: Floats, num_tokens: int, top_k: int, rng: np.random.Generator) -> Ints:
+    """Rows of each expert, [experts]. Systematic sampling (Madow 1949) gives every token different experts with exactly
+    these chances: the experts lie on a line, each as long as its chance, and a token takes those at u, u + 1, ...
+    """
+    order = rng.permutation(len(chances))
+    ends = np.cumsum(chances[order])
+    at = rng.random(num_tokens)[:, None] + np.arange(top_k)
+    hit = np.searchsorted(ends * (top_k / ends[-1]), at.ravel(), side="right")
+    return np.bincount(order[np.minimum(hit, len(order) - 1)], minlength=len(order))
 
 
 def by_share(load: TokenLoad) -> tuple[int, ...]:

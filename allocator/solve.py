@@ -12,11 +12,13 @@ from typing import Any
 from allocator.allocate import MAX_SCHEMES_PER_LAUNCH, Options, allocate
 from allocator.allocation import Allocation, Granularity
 from allocator.budget import Budget
+from allocator.command import check_outputs
 from allocator.sensitivity import Sensitivity
 from costmodel.table import CostTable
 from profiles import schemes
 from profiles.errors import SpecError, UserError
-from profiles.models import find_model
+from profiles.models import LinearId, find_model
+from profiles.schemes import QuantScheme
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,23 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> Allocation:
+    check_outputs(arguments, "--out")
     budget = Budget(
         avg_weight_bits=arguments.budget_bits,
         weight_bytes=arguments.budget_bytes,
-        max_latency_us=dict(_limit(text) for text in arguments.max_latency),
+        max_latency_us=_limits(arguments.max_latency),
         per_layer=arguments.per_layer,
     )
+    sensitivity = Sensitivity.read(arguments.sensitivity)
     options = Options(
         granularity=Granularity(arguments.granularity),
         schemes=None
         if arguments.schemes is None
         else tuple(schemes.parse(name) for name in arguments.schemes.split(",")),
         max_schemes=arguments.max_schemes,
+        pinned=_pins(arguments.pin, sensitivity),
     )
-    if not arguments.out.absolute().parent.is_dir():
-        raise SpecError(f"--out {arguments.out}: its folder does not exist")
     allocation = allocate(
-        Sensitivity.read(arguments.sensitivity),
+        sensitivity,
         None if arguments.cost is None else CostTable.read(arguments.cost),
         budget,
         shape=None if arguments.model is None else find_model(arguments.model),
@@ -56,6 +59,40 @@ def _run(arguments: argparse.Namespace) -> Allocation:
     )
     allocation.write(arguments.out)
     return allocation
+
+
+def _limits(texts: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in texts:
+        name, us = _limit(text)
+        if name in found:
+            raise SpecError(f"--max-latency {text}: {name} has a limit already, of {found[name]:g} us")
+        found[name] = us
+    return found
+
+
+def _pins(texts: Sequence[str], sensitivity: Sensitivity) -> dict[LinearId, QuantScheme]:
+    """LAYER=SCHEME or FIRST-LAST=SCHEME: every linear of those layers."""
+    blocks, _, _ = sensitivity.arrays()
+    found: dict[LinearId, QuantScheme] = {}
+    for text in texts:
+        layers, equals, name = text.partition("=")
+        first, dash, last = layers.partition("-")
+        if not (equals and first.isdecimal() and (last.isdecimal() if dash else not last)):
+            raise SpecError(f"--pin {text}: it is LAYER=SCHEME or FIRST-LAST=SCHEME, such as 0=w8a16_g-1_sym")
+        scheme, wanted = schemes.parse(name), range(int(first), int(last or first) + 1)
+        pinned = [block for block in blocks if block.layer in wanted]
+        if {block.layer for block in pinned} != set(wanted) or not wanted:
+            raise SpecError(f"--pin {text}: the sensitivity has no such layers; it has {_spans(blocks)}")
+        if twice := [block for block in pinned if found.get(block, scheme) != scheme]:
+            raise SpecError(f"--pin {text}: layer {twice[0].layer} is pinned to {found[twice[0]].name} already")
+        found |= dict.fromkeys(pinned, scheme)
+    return found
+
+
+def _spans(blocks: Sequence[LinearId]) -> str:
+    layers = sorted({block.layer for block in blocks})
+    return f"{len(layers)} layers from {layers[0]} to {layers[-1]}"
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -167,6 +204,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what gets one scheme (default: %(default)s)",
     )
     parser.add_argument("--schemes", metavar="A,B", help="schemes that may be used (default: all that have losses)")
+    parser.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="LAYER=SCHEME",
+        help="a layer's scheme, or several layers', FIRST-LAST=SCHEME; may be repeated",
+    )
     parser.add_argument(
         "--max-schemes",
         type=int,

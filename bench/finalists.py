@@ -1,49 +1,52 @@
 """Finalists of a known model's shapes, for a GPU to measure: `python -m bench.finalists --out DIR`.
 
-Losses are those of `bench.study`, latencies are predicted: what `allocator.latency` then measures tells how far a
-predicted allocation is from a measured one. DIR gets finalists.json and trace.json.
+Losses are those of `bench.study`, latencies those of the model fitted on the present tables: what `allocator.latency`
+then measures tells how far a predicted allocation is from a measured one. DIR gets finalists.json, trace.json and
+predicted.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from allocator import Allocation, Budget, Options, allocate
 from allocator.allocation import Granularity
-from allocator.scenarios import by_share, parse_loads, predicted_table, typical_load
+from allocator.json_file import write_json
+from allocator.scenarios import by_share, parse_loads, typical_load
 from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
 from allocator.study.finalists import best_of_study
 from allocator.study.objective import Goal
 from allocator.study.problem import of as problem_of
 from allocator.study.run import Settings
+from bench.present import latency_model, priced
 from bench.study_problem import sensitivity
-from profiles import gpus, schemes
-from profiles.atomic import replacing
+from profiles import schemes
 from profiles.errors import UserError
 from profiles.loads import TokenLoad, log_normal, write_trace
 from profiles.models import MoeShape, model
 from profiles.schemes import QuantScheme
 
 SCHEMES = (
-    "w16a16,w8a16_g-1_sym,w4a16_g128_asym,w4a16_g-1_sym,w3a16_g128_asym,w2a16_g128_asym,w2a16_g-1_sym,w8a8_g-1_sym"
+    "w16a16,w8a16_g128_sym,w4a16_g128_sym,w4a16_g-1_asym,w3a16_g128_asym,w2a16_g128_sym,w8a8_g-1_sym,w4a8_g128_sym"
 )
 TRACED_TOKENS = 8192
+NUM_TRIALS = 30
 
 
 def finalists(
-    shape: MoeShape, gpu: gpus.GpuSpec, trace: Mapping[int, TokenLoad], loads: Mapping[str, TokenLoad],
+    shape: MoeShape, trace: Mapping[int, TokenLoad], loads: Mapping[str, TokenLoad],
     offered: Sequence[QuantScheme], bits: float, storage: str,
-) -> dict[str, Allocation]:  # fmt: skip
-    """Mixed, one scheme an expert, uniform, and a study's."""
+) -> tuple[dict[str, Allocation], dict[str, Mapping[str, float] | None]]:  # fmt: skip
+    """Mixed, one scheme an expert, uniform, and studies'; and by name what their launches are predicted to take."""
     losses = sensitivity(list(offered), len(trace), 0, shape)
-    table = predicted_table(gpu, shape, loads, offered)
+    fitted = latency_model()
+    table = priced(fitted, shape, loads, offered)
     budget = Budget(avg_weight_bits=bits)
-    routed = {"gate_up", "down"}
     found = {
         "mixed": allocate(losses, table, budget, shape=shape),
         "one scheme an expert": allocate(
@@ -55,20 +58,20 @@ def finalists(
             wide = Budget(avg_weight_bits=max(bits, uniform.avg_weight_bits))
             options = Options(schemes=(uniform.scheme,))
             found[f"uniform {uniform.scheme.name}"] = allocate(losses, table, wide, shape=shape, options=options)
-    frame = table.frame()
-    evidence = Evidence.from_cost_table(type(table)(frame[frame["linear"].isin(routed)]), shape.name,
-                                        shape.num_experts, loads)  # fmt: skip
+    evidence = replace(Evidence.from_cost_table(table, shape.name, shape.num_experts, loads), latency_model=fitted)
     experts = {layer: by_share(load) for layer, load in trace.items()}
     problem = problem_of(losses, shape, budget, evidence, experts=experts)
-    study = best_of_study(Evaluator.of(problem), Settings(goal=Goal(loss_weight=0.5), num_trials=30), storage)
-    return found if study is None else found | {"study, r = 0.5": study}
+    evaluator = Evaluator.of(problem)
+    for r in (0.5, 0.75):
+        study = best_of_study(evaluator, Settings(goal=Goal(loss_weight=r), num_trials=NUM_TRIALS), storage)
+        found |= {} if study is None else {f"study, r = {r:g}": study}
+    return found, {name: evaluator.best_launches_us(one.assignment) for name, one in found.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; gives the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.finalists", description=__doc__)
     parser.add_argument("--model", default="qwen1.5-moe-a2.7b", metavar="NAME", help="(default: %(default)s)")
-    parser.add_argument("--gpu", default="h200", help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--loads", default="decode=64,prefill=4096", metavar="A=TOKENS", help="(default: %(default)s)")
     parser.add_argument("--budget-bits", type=float, default=4.25, metavar="BITS", help="(default: %(default)s)")
@@ -84,15 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         offered = [schemes.parse(name) for name in SCHEMES.split(",")]
         storage = f"sqlite:///{(arguments.out / 'study.db').absolute()}"
-        found = finalists(shape, gpus.gpu(arguments.gpu), trace, loads, offered, arguments.budget_bits, storage)
+        found, launches = finalists(shape, trace, loads, offered, arguments.budget_bits, storage)
         write_trace(trace, arguments.out / "trace.json")
-        with replacing(arguments.out / "finalists.json") as temporary:
-            temporary.write_text(json.dumps({name: one.to_json() for name, one in found.items()}) + "\n")
+        write_json(arguments.out / "finalists.json", {name: one.to_json() for name, one in found.items()})
+        write_json(arguments.out / "predicted.json", launches, indent=1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, one in found.items():
-        us = ", ".join(f"{scenario} {value:.1f} us" for scenario, value in one.predicted_latency_us.items())
+        us = ", ".join(f"{scenario} {value:.1f} us" for scenario, value in (launches[name] or {}).items())
         print(f"{name}: {one.avg_weight_bits:.3f} bits, loss {one.predicted_loss:.5g}, {us}")
     return 0
 

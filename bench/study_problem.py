@@ -1,10 +1,11 @@
-"""The instance that `bench.study` compares on: Qwen1.5-MoE's shapes, H200 launches as measured, synthetic losses."""
+"""The instance that `bench.study` compares on: Qwen1.5-MoE's shapes, H200 launches as measured or as the latency model
+has them, synthetic losses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,13 @@ from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
 from allocator.study.objective import Goal, Objective
 from allocator.study.problem import of as problem_of
+from bench.present import UNIFORM, latency_model
 from kernel_gen.formats import dequantize, dequantize_activations, quantize, quantize_activations
 from profiles.models import Linear, MoeShape, model
 from profiles.schemes import QuantScheme
 from profiles.store import ProfileStore
 
 MODEL = model("qwen1.5-moe-a2.7b")
-PROFILE = Path(__file__).parent.parent / "profiles" / "data" / "h200" / "hopper.parquet"
 LOAD = "log-normal, sigma 0.7, {} tokens, top 4, seed 0"
 SCENARIOS = {"decode": LOAD.format(16), "mixed": LOAD.format(512), "prefill": LOAD.format(8192)}
 METRIC = "relative squared error of the formats on Gaussian weights and activations, times log-normal sensitivities"
@@ -60,7 +61,8 @@ SETTINGS = {
 
 def study_evaluator(layers: int, avg_bits: float, seed: int, setting: Setting) -> Evaluator:
     """Every scheme that was measured, `layers` layers of routed experts."""
-    evidence = Evidence.from_profile(ProfileStore(PROFILE).records(), MODEL.name, SCENARIOS)
+    rows = ProfileStore(UNIFORM).records()
+    evidence = replace(Evidence.from_profile(rows, MODEL.name, SCENARIOS), latency_model=latency_model())
     offered = sorted({key.scheme for key in evidence.latency_us}, key=lambda scheme: scheme.name)
     losses = sensitivity(offered, layers, seed)
 

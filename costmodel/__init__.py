@@ -11,19 +11,29 @@ table       CostTable: (linear, scheme, load) -> latency and configuration, from
 features    launches as the matrix that models learn from; its columns, feature_columns and kernel_use
 sessions    measurements of several hours or machines as one table, and the noise floor between them
 model       LatencyModel, of calibration (the core's factors), forest (what it misses) and conformal (intervals)
-baselines   what LatencyModel must beat, on its interface
+baselines   what LatencyModel must beat, on its interface; NVIDIA's model of GEMMs: matmul_heuristics
 model_file  a fitted model as a file; fit: `python -m costmodel.fit`
 pricing     what a fitted model is for: cost tables, marginal costs, choosing a kernel
-evaluation  errors, coverage and regret on held-out groups; evaluate: `python -m costmodel.evaluate`, report: its pages
+evaluation  errors, coverage and regret on held-out groups; evaluate: `python -m costmodel.evaluate`; report and plots
 transfer    a card that was never measured: `python -m costmodel.transfer`; transfer_model, and published figures
 error_field what one measurement says about the errors of other predictions
-guide       which configurations to measure next; worth: whether to; replay: `python -m costmodel.replay`, both tried
-drift       what changed since a model was fitted; recalibration: correct it; recheck: which launches tell
+guide       which configurations to measure next; worth: whether to. Both tried on recorded rows: `python -m
+            costmodel.replay`, worth_check
+drift       what changed since a model was fitted; recheck: which launches tell; recalibration: correct it,
+            `python -m costmodel.recalibrate`; tried on made-up changes: `python -m costmodel.drift_check`
+blocks      long arrays on all cores; terms: the analytic model's
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from costmodel.model import LatencyModel
+    from costmodel.model_file import FittedModel
+    from costmodel.pricing import cost_table
+    from costmodel.table import CostTable
 
 _HOMES = {
     "CostTable": "costmodel.table",

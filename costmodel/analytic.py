@@ -25,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from costmodel.columns import LAST_PARTS, STREAMING
 from costmodel.constants import DEFAULT_CONSTANTS, AnalyticConstants
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch, LaunchTable
+from costmodel.rounds import Rounds
 from costmodel.terms import Terms, norm
 from profiles.gpus import GpuSpec
 from profiles.kernels import GemmShape, KernelConfig
@@ -80,7 +82,7 @@ BREAKDOWN_COLUMNS = tuple(field.name for field in dataclasses.fields(LatencyBrea
 """Columns of what `launch_latencies` returns, in order."""
 
 
-SOURCES = ("analytic", "constants", "launches", "occupancy", "terms", "work")
+SOURCES = ("analytic", "constants", "launches", "occupancy", "rounds", "terms", "work")
 """Modules that decide a latency."""
 ROWS_AT_ONCE = 1 << 14
 
@@ -139,86 +141,55 @@ def marginal_expert_cost(
 
 def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS) -> pd.DataFrame:
     """`launch_latencies` over launches already in columns."""
-    return pd.DataFrame(solve_columns(gpu, table, constants))
+    columns = solve_columns(gpu, table, constants)
+    return pd.DataFrame({name: columns[name] for name in BREAKDOWN_COLUMNS})
 
 
 def solve_columns(
     gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS
 ) -> dict[str, Array]:
-    """`BREAKDOWN_COLUMNS` as arrays [R], in blocks that stay in the CPU's cache."""
+    """`BREAKDOWN_COLUMNS` as arrays [R], and `costmodel.columns`' LAST_PARTS and STREAMING, in blocks that stay in the
+    CPU's cache.
+    """
+    if 0 < len(table) <= ROWS_AT_ONCE:
+        return _solve_block(gpu, table, constants)
     starts = range(0, len(table), ROWS_AT_ONCE)
     blocks = [_solve_block(gpu, table.rows(start, start + ROWS_AT_ONCE), constants) for start in starts]
     if not blocks:
-        return {name: np.empty(0) for name in BREAKDOWN_COLUMNS}
-    return {name: np.concatenate([block[name] for block in blocks]) for name in BREAKDOWN_COLUMNS}
+        return {name: np.empty(0) for name in (*BREAKDOWN_COLUMNS, *LAST_PARTS, *STREAMING)}
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> dict[str, Array]:
     """The columns of some launches."""
     terms = Terms(gpu, table, constants)
-    parts = _makespans(terms, table.num_tiles, ("total", *_PARTS))
-    if bool((table.num_full_tiles != table.num_tiles).any()):
-        # Narrower last tiles take the tensor cores for less time; decoding, copies and barriers as long as others.
-        parts |= _makespans(terms, table.num_full_tiles, ("tensor",))
-    total_tiles = table.num_tiles.sum(axis=1)
-    busy = total_tiles > 0
-    total, dram = parts.pop("total"), terms.dram_us()
+    rounds = Rounds(terms)
+    parts, streaming = rounds.parts(), rounds.streaming()
+    busy, is_mixed, dram_bytes = rounds.num_tiles > 0, table.used.sum(axis=1) > 1, terms.dram_bytes()
+    makespan = rounds.makespan(lambda a, b: norm([a, b], constants.overlap_squarings))
+    dram = terms.dram_us_of(dram_bytes)
     fill = np.where(busy, terms.fill_us(), 0.0)
     flops, multiplied = terms.flops(), terms.multiplied_flops()
     return {
-        "latency_us": constants.launch_floor_us + fill + norm([total, dram], constants.overlap_squarings),
+        "latency_us": constants.launch_floor_us + fill + norm([makespan, dram], constants.dram_overlap_squarings),
         "launch_us": np.full(len(table), constants.launch_floor_us),
         "fill_us": fill,
-        "makespan_us": total,
+        "makespan_us": parts.pop("total").total,
         "dram_us": dram,
-        **{f"{name}_us": value for name, value in parts.items()},
+        **{f"{name}_us": part.total for name, part in parts.items()},
         "roofline_us": terms.roofline_us(),
-        "dram_bytes": terms.dram_bytes(),
+        "dram_bytes": dram_bytes,
         "flops": flops,
         "padding": np.where(busy, multiplied / np.maximum(flops, 1.0), 1.0),
-        "num_tiles": total_tiles,
-        "waves": total_tiles / (gpu.num_sms * table.ctas_per_sm),
+        "num_tiles": rounds.num_tiles,
+        "waves": rounds.num_tiles / rounds.resident,
+        **{f"last_{name}_us": np.where(is_mixed, 0.0, part.last) for name, part in parts.items()},
+        "full_rounds": streaming.full_rounds,
+        "stream_rounds": streaming.rounds,
+        "stream_round_us": streaming.round_us,
+        "stream_rest_us": streaming.rest_us,
+        "stream_rest_is_last": streaming.is_rest_last,
     }
-
-
-_PARTS = ("tensor", "issue", "smem", "l2", "chain", "warp", "fetch", "epilogue")
-
-
-def _makespans(terms: Terms, num_tiles: Array, names: Sequence[str]) -> dict[str, Array]:
-    """[R] of each of these: the sum over the tiles that CTA 0 takes, of [R, S] tiles."""
-    table, num_sms = terms.table, terms.gpu.num_sms
-    full = terms.tile_us(table.ctas_per_sm[:, None])
-    order = np.argsort(-np.where(num_tiles > 0, full.total, -1.0), axis=1, kind="stable")
-    tiles = np.take_along_axis(num_tiles, order, axis=1)
-    slots = num_sms * table.ctas_per_sm
-    total_tiles = tiles.sum(axis=1)
-    rounds = np.floor(total_tiles / slots)
-    rest = total_tiles - rounds * slots
-    # A last, partial round shares each SM among fewer CTAs.
-    last = terms.tile_us(np.maximum(np.ceil(rest / num_sms), 1.0)[:, None])
-    weights_full, weights_last = _rounds_by_slot(tiles, slots, rounds, rest)
-
-    def makespan(name: str) -> Array:
-        by_slot = np.take_along_axis(getattr(full, name), order, axis=1) * weights_full
-        by_slot += np.take_along_axis(getattr(last, name), order, axis=1) * weights_last
-        return np.asarray(by_slot.sum(axis=1), dtype=np.float64)
-
-    return {name: makespan(name) for name in names}
-
-
-def _rounds_by_slot(tiles: Array, slots: Array, rounds: Array, rest: Array) -> tuple[Array, Array]:
-    """How many full rounds of CTA 0, and whether its last partial one, fall to each slot of the sorted tile list: two
-    [R, S] arrays.
-
-    CTA 0's round r takes tile r * slots; a slot owns the tiles between its cumulative counts.
-    """
-    ends = np.cumsum(tiles, axis=1)
-    begins = ends - tiles
-    up_to_end = np.minimum(np.ceil(ends / slots[:, None]), rounds[:, None])
-    up_to_begin = np.minimum(np.ceil(begins / slots[:, None]), rounds[:, None])
-    first_of_last = (rounds * slots)[:, None]
-    holds_last = (begins <= first_of_last) & (first_of_last < ends) & (rest > 0)[:, None]
-    return up_to_end - up_to_begin, holds_last.astype(np.float64)
 
 
 @functools.cache

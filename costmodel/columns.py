@@ -13,6 +13,7 @@ class Kind(Enum):
 
     GROWS = "grows"
     FIXED = "fixed"
+    PHASE = "phase"
     RATIO = "ratio"
     RAW = "raw"
 
@@ -21,6 +22,10 @@ PARTS = ("tensor_us", "issue_us", "smem_us", "l2_us", "chain_us", "warp_us", "fe
 """What the makespan would be if that were the only resource."""
 CORE = ("latency_us", "launch_us", "fill_us", "dram_us", *PARTS)
 """What the calibrated core is made of."""
+LAST_PARTS = tuple(f"last_{name}" for name in PARTS)
+"""The share of the last, partial round in PARTS; 0 where schemes are mixed."""
+STREAMING = ("full_rounds", "stream_rounds", "stream_round_us", "stream_rest_us", "stream_rest_is_last")
+"""`costmodel.rounds.Streaming`, for the calibrated core; where schemes are mixed, one round without streaming."""
 _GROWING = (
     *CORE,
     "makespan_us",
@@ -33,7 +38,7 @@ _GROWING = (
 )
 _OF_CONFIG = (
     *("tile_m", "tile_n", "warps_m", "warps_n", "num_stages", "ctas_per_sm", "is_wgmma", "is_along_features"),
-    *("cluster", "least_width"),
+    *("cluster", "split_k", "least_width"),
 )
 _OF_SCHEMES = (
     *("num_slots", "weight_bits", "least_weight_bits", "most_weight_bits", "grouped_share", "zero_point_share"),
@@ -48,6 +53,7 @@ _RAW = ("num_tokens", "n", "k")
 KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(_GROWING, Kind.GROWS),
     **dict.fromkeys((*_OF_CONFIG, *_OF_SCHEMES, *_OF_TILE), Kind.FIXED),
+    **dict.fromkeys((*LAST_PARTS, *STREAMING), Kind.PHASE),
     **dict.fromkeys(_RATIOS, Kind.RATIO),
     **dict.fromkeys(_RAW, Kind.RAW),
 }

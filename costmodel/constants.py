@@ -102,6 +102,12 @@ class AnalyticConstants:
     """wgmma family: one token row's bulk store, which the lanes of a warp start in turn: nine instructions, three of
     them moves to uniform registers. A guess from that."""
 
+    sm_to_sm_latency_cycles: float = 180.0
+    """Load to use in another SM's shared memory within a cluster: H100, arXiv 2402.13499."""
+
+    sm_to_sm_bytes_per_clock: float = 14.0
+    """Into one SM's shared memory, clusters of two: 3.27 TB/s over all SMs of an H100 (arXiv 2402.13499)."""
+
     prologue_cycles: float = 2500.0
     """Tile table: two dependent global reads, a scan over the experts, barriers; then the first stage from DRAM. A
     guess from the parts."""
@@ -109,10 +115,18 @@ class AnalyticConstants:
     prologue_cycles_per_expert: float = 4.0
     """The scan's share of an expert. A guess."""
 
+    uneven_ctas: float = 1.0
+    """In the last, partial round some SM has so many CTAs more than their mean over SMs, if it holds as many: which
+    share one was settled in the first. Of 0, 0.5, 1, 1.5 and as many as fit, 1 explained 2,521 launches of the wgmma
+    family on an H200 best (2026-11-24)."""
+
     overlap_squarings: int = 2
     """Resources work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity perfectly.
     p is 2 to this power, so that the norm needs squares and roots only: 4, a guess.
     """
+
+    dram_overlap_squarings: int = 3
+    """All of DRAM's traffic against all else, beside its share in each round: p = 8, a guess."""
 
     wgmma_overlap_squarings: int = 3
     """The same within an SM of the wgmma family, where copies, tensor cores and stores are asynchronous: p = 8, a

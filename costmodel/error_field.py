@@ -26,7 +26,7 @@ Matrix = npt.NDArray[np.float32]
 _TILE = ("is_wgmma", "tile_m", "tile_n")
 _CONFIG = (
     *(*_TILE, "warps_m", "warps_n", "num_stages", "ctas_per_sm", "is_along_features"),
-    *("cluster", "least_width"),
+    *("cluster", "split_k", "least_width"),
 )
 _MATHS = ("bf16_share", "int8_share", "e4m3_share", "int4_share")
 _SCHEMES = ("num_slots", "weight_bits", "least_weight_bits", "most_weight_bits", "grouped_share", "zero_point_share")

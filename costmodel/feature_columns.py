@@ -4,14 +4,13 @@ not from the kernel and its schemes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from costmodel.analytic import solve_columns
-from costmodel.columns import CORE, PARTS
+from costmodel.columns import CORE, LAST_PARTS, STREAMING
 from costmodel.kernel_use import KernelUse
 from costmodel.launches import LaunchTable
 from profiles.gpus import GpuSpec, Math
@@ -24,12 +23,8 @@ Array = npt.NDArray[np.float64]
 def token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
     """The columns that tokens decide."""
     solved = solve_columns(gpu, table)
-    columns = {name: solved[name] for name in (*CORE, "makespan_us", "roofline_us", "waves")}
-    mixed = np.flatnonzero(table.used.sum(axis=1) > 1)
-    if len(mixed):
-        for name, values in _mixed_parts(gpu, _rows(table, mixed)).items():
-            columns[name] = columns[name].copy()
-            columns[name][mixed] = values
+    names = (*CORE, *LAST_PARTS, *STREAMING, "makespan_us", "roofline_us", "waves")
+    columns = {name: solved[name] for name in names}
     tiles, tokens = table.num_tiles.sum(axis=1), table.num_tokens.sum(axis=1)
     active = table.num_active.sum(axis=1)
     largest = (table.max_tokens * (table.num_token_tiles > 0)).max(axis=1)
@@ -51,59 +46,6 @@ def token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
         "num_tokens": tokens,
         "num_experts": table.num_experts,
     }
-
-
-def _mixed_parts(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
-    """`PARTS` of launches with several schemes: each resource's makespan with its own slowest tiles first.
-
-    The core orders tiles by their whole time, and then one resource's part may fall when a slot that needs less of it
-    gets more tiles; in its own order it cannot. For one scheme both are the same.
-    """
-    found = _in_own_order(gpu, table, table.num_tiles, PARTS)
-    if bool((table.num_full_tiles != table.num_tiles).any()):
-        found |= _in_own_order(gpu, table, table.num_full_tiles, ("tensor_us",))
-    return found
-
-
-def _in_own_order(gpu: GpuSpec, table: LaunchTable, num_tiles: Array, names: Sequence[str]) -> dict[str, Array]:
-    """[R] of each of these parts, of [R, S] tiles."""
-    rows, slots = table.used.shape
-    resident = gpu.num_sms * table.ctas_per_sm
-    total = num_tiles.sum(axis=1)
-    rounds = np.floor(total / resident)
-    rest = total - rounds * resident
-    one_round = _each_slot(table, np.broadcast_to(resident[:, None], (rows, slots)))
-    last_round = _each_slot(table, np.broadcast_to(np.maximum(rest, 1.0)[:, None], (rows, slots)))
-    full, last = solve_columns(gpu, one_round), solve_columns(gpu, last_round)
-    found = {}
-    for name in names:
-        cost = full[name].reshape(rows, slots)
-        order = np.argsort(-np.where(num_tiles > 0, cost, -1.0), axis=1, kind="stable")
-        ends = np.cumsum(np.take_along_axis(num_tiles, order, axis=1), axis=1)
-        begins = ends - np.take_along_axis(num_tiles, order, axis=1)
-
-        def first_of_rounds(edge: Array) -> Array:
-            """Rounds whose first tile lies before this edge of the sorted list."""
-            return np.asarray(np.minimum(np.ceil(edge / resident[:, None]), rounds[:, None]), dtype=np.float64)
-
-        starts_last = (rounds * resident)[:, None]
-        holds_last = (begins <= starts_last) & (starts_last < ends) & (rest > 0)[:, None]
-        of_last = np.take_along_axis(last[name].reshape(rows, slots), order, axis=1)
-        of_full = np.take_along_axis(cost, order, axis=1)
-        found[name] = (of_full * (first_of_rounds(ends) - first_of_rounds(begins)) + of_last * holds_last).sum(axis=1)
-    return found
-
-
-def _each_slot(table: LaunchTable, num_tiles: Array) -> LaunchTable:
-    """[R, S] as R * S launches of one slot, each with the given number of tiles."""
-    rows, slots = table.used.shape
-    columns = {}
-    for field in dataclasses.fields(table):
-        values = getattr(table, field.name)
-        columns[field.name] = values.reshape(-1, 1) if values.ndim == 2 else np.repeat(values, slots)
-    # An unused slot has no costs; one k-tile of one MMA keeps its numbers finite, and its zero tiles keep them out.
-    columns["num_tiles"] = columns["num_full_tiles"] = np.ascontiguousarray(num_tiles).reshape(rows * slots, 1)
-    return LaunchTable(**columns)
 
 
 def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -> dict[str, Array]:
@@ -133,6 +75,7 @@ def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -
         "is_wgmma": [config.family is Family.WGMMA for config in configs],
         "is_along_features": [config.raster is Raster.ALONG_FEATURES for config in configs],
         "cluster": [config.cluster for config in configs],
+        "split_k": [config.split_k for config in configs],
         "least_width": [config.token_widths[0] / config.tile.n for config in configs],
         "num_slots": [len(slots) for slots in by_slot],
         "weight_bits": of_scheme({scheme: scheme.weight_bits for scheme in every}),
@@ -162,7 +105,3 @@ def _shares(schemes: tuple[QuantScheme, ...]) -> dict[QuantScheme, float]:
     for scheme in schemes:
         shares[scheme] = shares.get(scheme, 0.0) + 1.0 / len(schemes)
     return shares
-
-
-def _rows(table: LaunchTable, rows: npt.NDArray[np.intp]) -> LaunchTable:
-    return LaunchTable(**{field.name: getattr(table, field.name)[rows] for field in dataclasses.fields(table)})

@@ -4,8 +4,9 @@ on every GPU.
 Times are what the analytic core says each resource alone would take, so they are already ratios to the card's limits;
 the rest are counts per SM, shares and ratios. Every column either never falls when an expert gets more tokens
 (`Kind.GROWS`) or does not depend on tokens (`Kind.FIXED`): a model that rises in the first and is free in the second
-is non-decreasing in tokens. Ratios that may do either (`Kind.RATIO`) and absolute sizes (`Kind.RAW`) are there to
-explain errors and for the baselines.
+is non-decreasing in tokens. How rounds of tiles share the growing ones (`Kind.PHASE`) is for the calibrated core, which
+is non-decreasing in all of them together. Ratios that may do either (`Kind.RATIO`) and absolute sizes (`Kind.RAW`) are
+there to explain errors and for the baselines.
 """
 
 from __future__ import annotations
@@ -123,8 +124,9 @@ class Kernels:
         columns = {field.name: getattr(self._table, field.name)[use_of] for field in _TABLE_FIELDS}
         of_rows = splits[:, self._group_of_use[use_of], load_of]
         columns.update(zip(_SPLIT, of_rows, strict=True))
-        columns["num_tiles"] = columns["num_token_tiles"] * columns["num_feature_tiles"][:, None]
-        columns["num_full_tiles"] = columns["num_full_tiles"] * columns["num_feature_tiles"][:, None]
+        parts = (columns["num_feature_tiles"] * columns["split_k"])[:, None]
+        columns["num_tiles"] = columns["num_token_tiles"] * parts
+        columns["num_full_tiles"] = columns["num_full_tiles"] * parts
         columns["num_experts"] = num_experts
         return LaunchTable(**columns)
 

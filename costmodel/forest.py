@@ -19,8 +19,15 @@ from costmodel.blocks import for_blocks
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
 MAX_BINS = 64
+MAX_DEPTH = 8
 FEW_ROWS = 64
 """Up to so many rows go through all trees at once: fewer, larger array operations."""
+
+
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """ValueError, as scikit-learn's estimators raise, for a parameter that cannot be."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +86,13 @@ class Boosting:
     l2: float = 3.0
     rows_per_tree: int = 4096
     feature_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no forest can be; MAX_DEPTH's leaves are numbered in a byte."""
+        require("num_trees", self.num_trees, self.num_trees >= 1, "at least 1")
+        require("depth", self.depth, 1 <= self.depth <= MAX_DEPTH, f"1 to {MAX_DEPTH}")
+        require("learning_rate", self.learning_rate, 0 < self.learning_rate <= 1, "above 0 and at most 1")
+        require("l2", self.l2, 0 < self.l2 < np.inf, "above 0, for leaves without rows")
 
     def fit(
         self, X: Matrix, y: Array, *, asked: npt.NDArray[np.bool_], grows: npt.NDArray[np.bool_], seed: int

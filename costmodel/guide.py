@@ -37,7 +37,7 @@ class Candidates:
 
     Attributes:
         features: of `costmodel.features`, R rows.
-        launches: int [R], a number per launch; rows with the same one compete (`evaluation.launch_ids`).
+        launches: int [R], a number per launch; rows with the same one compete (`groups.launch_ids`).
         kernels: int [R], a number per kernel; rows with the same one need one compilation.
         inputs: int [R], a number per workload and load: rows with the same one are measured on the same activations.
         weights: int [R], a number per workload: rows with the same one are measured on the same weights.

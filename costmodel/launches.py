@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from costmodel.constants import MMA_K
 from costmodel.facts import BuildFacts
-from costmodel.work import expert_weight_bytes, split_load, tile_work, token_bytes
+from costmodel.work import expert_weight_bytes, narrowest_work, part_k_tiles, split_load, tile_work, token_bytes
 from profiles.errors import SpecError
 from profiles.gpus import Math
 from profiles.kernels import Family, GemmShape, KernelConfig, Raster
@@ -21,6 +21,12 @@ from profiles.schemes import QuantScheme
 FLOPS_PER_MMA_K1 = 2.0 * 16 * 8
 """Operations of an m16n8 MMA for each k."""
 MAX_SLOTS = 4
+OF_A_WIDTH = (
+    *("k_tile_tensor_mmas", "k_tile_instructions", "instructions_of_a_warp", "k_tile_smem_bytes", "k_tile_bytes"),
+    *("mmas_per_k_step_of_a_warp", "serial_instructions_of_a_warp", "epilogue_instructions", "stores_in_turn"),
+    *("output_bytes", "partial_sum_bytes"),
+)
+"""Columns of one tile that depend on how many tokens it takes."""
 _MATH_INDEX = {math: index for index, math in enumerate(Math)}
 Array = npt.NDArray[np.float64]
 
@@ -62,7 +68,10 @@ class Launch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTable:
     """R launches in columns: [R], or [R, S] with S slots (distinct schemes of a launch); unused slots hold zeros and
-    `used` is false. `num_full_tiles` counts a tile of fewer tokens as the part of a full one that it is.
+    `used` is false. `num_tiles` are what CTAs take one of at a time: with split-K parts of output tiles, the longest of
+    which has `chain_k_tiles` of the tile's `num_k_tiles`. `num_full_tiles` counts a tile of fewer tokens as the part of
+    a full one that it is; the narrowest is `least_width` of it. Columns of one tile are of a full one, those that begin
+    with `narrow_` of the narrowest.
     """
 
     n: Array
@@ -72,6 +81,9 @@ class LaunchTable:
     num_warps: Array
     num_stages: Array
     num_feature_tiles: Array
+    split_k: Array
+    tile_n: Array
+    least_width: Array
     is_along_tokens: npt.NDArray[np.bool_]
     is_mma_family: npt.NDArray[np.bool_]
     used: npt.NDArray[np.bool_]
@@ -83,6 +95,7 @@ class LaunchTable:
     num_tiles: Array
     num_full_tiles: Array
     num_k_tiles: Array
+    chain_k_tiles: Array
     mma_k: Array
     k_steps: Array
     k_tile_mmas: Array
@@ -97,8 +110,20 @@ class LaunchTable:
     epilogue_instructions: Array
     stores_in_turn: Array
     output_bytes: Array
+    partial_sum_bytes: Array
     expert_weight_bytes: Array
     token_bytes: Array
+    narrow_k_tile_tensor_mmas: Array
+    narrow_k_tile_instructions: Array
+    narrow_instructions_of_a_warp: Array
+    narrow_k_tile_smem_bytes: Array
+    narrow_k_tile_bytes: Array
+    narrow_mmas_per_k_step_of_a_warp: Array
+    narrow_serial_instructions_of_a_warp: Array
+    narrow_epilogue_instructions: Array
+    narrow_stores_in_turn: Array
+    narrow_output_bytes: Array
+    narrow_partial_sum_bytes: Array
 
     def __len__(self) -> int:
         return len(self.n)
@@ -107,6 +132,19 @@ class LaunchTable:
         """Rows from `start` up to `stop`, as views."""
         names = (field.name for field in dataclasses.fields(self))
         return LaunchTable(**{name: getattr(self, name)[start:stop] for name in names})
+
+    def take(self, rows: npt.NDArray[np.intp]) -> LaunchTable:
+        """Some rows, copied."""
+        return LaunchTable(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+
+    @property
+    def has_tail(self) -> npt.NDArray[np.bool_]:
+        """[R]: whether an expert's last tile may be narrower."""
+        return np.asarray(self.least_width < 1.0, dtype=np.bool_)
+
+    def narrowest(self) -> LaunchTable:
+        """The same launches, the columns of one tile of the narrowest one."""
+        return dataclasses.replace(self, **{name: getattr(self, f"narrow_{name}") for name in OF_A_WIDTH})
 
     @classmethod
     def of(cls, launches: Sequence[Launch]) -> LaunchTable:
@@ -132,6 +170,9 @@ class LaunchTable:
             num_warps=_column([config.warps.num_warps for config in configs]),
             num_stages=_column([config.num_stages for config in configs]),
             num_feature_tiles=_column([-(-launch.shape.n // launch.config.tile.m) for launch in launches]),
+            split_k=_column([config.split_k for config in configs]),
+            tile_n=_column([config.tile.n for config in configs]),
+            least_width=_column([config.token_widths[0] / config.tile.n for config in configs]),
             is_along_tokens=np.asarray([config.raster is Raster.ALONG_TOKENS for config in configs], dtype=np.bool_),
             is_mma_family=np.asarray([config.family is Family.MMA for config in configs], dtype=np.bool_),
             used=used,
@@ -140,7 +181,7 @@ class LaunchTable:
         )
 
 
-def _column(values: Sequence[int]) -> Array:
+def _column(values: Sequence[float]) -> Array:
     return np.asarray(values, dtype=np.float64)
 
 
@@ -148,14 +189,17 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
     """A slot's entries in the [R, S] columns, from num_tokens on."""
     shape, config = launch.shape, launch.config
     work, split = tile_work(config, scheme), split_load(tokens, config.token_widths)
+    narrow = narrowest_work(config, scheme)
+    parts = -(-shape.n // config.tile.m) * config.split_k
     return {
         "num_tokens": split.num_tokens,
         "num_active": split.num_active_experts,
         "num_token_tiles": split.num_token_tiles,
         "max_tokens": split.max_tokens,
-        "num_tiles": split.num_token_tiles * -(-shape.n // config.tile.m),
-        "num_full_tiles": split.full_token_tiles * -(-shape.n // config.tile.m),
+        "num_tiles": split.num_token_tiles * parts,
+        "num_full_tiles": split.full_token_tiles * parts,
         "num_k_tiles": -(-shape.k // work.k_tile),
+        "chain_k_tiles": part_k_tiles(scheme, shape.k, config.split_k),
         "mma_k": MMA_K[scheme.math],
         "k_steps": work.k_steps,
         "k_tile_mmas": work.k_tile_mmas,
@@ -170,6 +214,8 @@ def _slot_values(launch: Launch, scheme: QuantScheme, tokens: tuple[int, ...]) -
         "epilogue_instructions": work.epilogue_instructions,
         "stores_in_turn": work.stores_in_turn,
         "output_bytes": work.output_bytes,
+        "partial_sum_bytes": work.partial_sum_bytes,
         "expert_weight_bytes": expert_weight_bytes(scheme, shape.n, shape.k),
         "token_bytes": token_bytes(scheme, shape.k),
+        **{f"narrow_{name}": getattr(narrow, name) for name in OF_A_WIDTH},
     }

@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from costmodel.calibration import CalibratedCore
 from costmodel.columns import FEATURES, INDEX, KINDS, Kind
 from costmodel.conformal import Conformal
-from costmodel.forest import Boosting, Forest
+from costmodel.forest import Boosting, Forest, require
 from profiles.gpus import Math
 
 Array = npt.NDArray[np.float64]
@@ -83,8 +83,12 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         launches of a group never seen; without it rows are held out one by one.
 
         Raises:
-            ValueError: as scikit-learn's estimators do, and for a latency that is not positive.
+            ValueError: as scikit-learn's estimators do, and for a parameter that cannot be or a latency that is not
+                positive.
         """
+        require("slope", self.slope, 0 < self.slope <= 1, "above 0 and at most 1")
+        require("num_folds", self.num_folds, self.num_folds >= 2, "at least 2")
+        require("coverage", self.coverage, 0 < self.coverage < 1, "between 0 and 1")
         X, y = validate_data(self, X, y, dtype=np.float32, order="F", ensure_min_samples=2, y_numeric=True)
         log_us = _log_of(y)
         self._fit_mean(X, log_us)
@@ -102,6 +106,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         log_us = self._log_us(X)
         if not return_interval:
             return np.asarray(np.exp(log_us), dtype=np.float64)
+        require("coverage", self.coverage, 0 < self.coverage < 1, "between 0 and 1")
         reach = self.conformal_.quantile(_regimes(X), self.coverage)
         return np.exp(log_us), np.exp(log_us - reach), np.exp(log_us + reach)
 
@@ -130,7 +135,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         distinct = len(X) if groups is None else len(np.unique(groups))
         folds = min(self.num_folds, distinct)
         if folds < 2:
-            raise ValueError("intervals need rows of at least 2 groups: pass more groups, or none")
+            raise ValueError("groups: expected at least 2 different ones for the intervals, got 1: pass more, or none")
         split = KFold(folds, shuffle=True, random_state=self.random_state) if groups is None else GroupKFold(folds)
         errors = np.empty(len(X))
         for seen, held_out in split.split(X, groups=groups):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from costmodel.analytic import model_version
 from costmodel.calibration import FACTORS, CalibratedCore
 from costmodel.columns import FEATURES
 from costmodel.conformal import POOLED, Conformal
-from costmodel.forest import Forest
+from costmodel.forest import MAX_DEPTH, Forest
 from costmodel.model import LatencyModel
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
@@ -132,10 +133,24 @@ def read(path: str | os.PathLike[str]) -> FittedModel:
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+        with path.open("rb") as handle:
+            if not zipfile.is_zipfile(handle):
+                raise DataError(f"{path}: not a latency model, truncated or foreign")
+        with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a readable latency model, truncated or foreign ({reason})") from error
     if not isinstance(header, dict):
@@ -167,7 +182,7 @@ def _model(header: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) ->
 def _forest(base: float, arrays: Mapping[str, npt.NDArray[Any]]) -> Forest:
     features = _array(arrays, "tree_features", np.int32, (None, None))
     trees, depth = features.shape
-    if not 1 <= depth <= 8 or features.min(initial=0) < 0 or features.max(initial=0) >= len(FEATURES):
+    if not 1 <= depth <= MAX_DEPTH or features.min(initial=0) < 0 or features.max(initial=0) >= len(FEATURES):
         raise ValueError("questions on features that do not exist")
     thresholds = _array(arrays, "tree_thresholds", np.float32, (trees, depth), may_be_infinite=True)
     leaves = _array(arrays, "tree_leaves", np.float64, (trees, 1 << depth))

@@ -34,7 +34,7 @@ _MARGINAL_EXPERTS = 64
 
 
 def cost_table(
-    fitted: FittedModel,
+    model: FittedModel,
     moe_shape: MoeShape,
     loads: Mapping[str, TokenLoad] | Sequence[TokenLoad],
     schemes: Sequence[QuantScheme],
@@ -44,15 +44,18 @@ def cost_table(
     """The predicted best configuration and its latency for each routed linear of a model, scheme and load.
 
     Args:
-        fitted: a model from `costmodel.model_file`.
+        model: fitted, from `costmodel.model_file` or `costmodel.fit.fit`: it knows its GPU and configurations.
         moe_shape: whose experts.
         loads: scenarios by name, or loads whose sources name them; of `moe_shape.num_experts` experts.
         schemes: one scheme for all experts each; mixes are priced as launches, not here.
         configs: candidates of each scheme; without it, those that the model was fitted on.
 
     Raises:
-        SpecError: no scheme or load, a load of another number of experts, or a scheme without a configuration.
+        SpecError: a model that does not know its GPU, no scheme or load, a load of another number of experts, or a
+            scheme without a configuration.
     """
+    if not isinstance(model, FittedModel):
+        raise SpecError(f"model: expected a FittedModel, which names its GPU, got a {type(model).__name__}")
     scenarios = dict(loads) if isinstance(loads, Mapping) else {load.source: load for load in loads}
     if not scenarios or not schemes:
         raise SpecError("a cost table needs at least one load and one scheme")
@@ -61,16 +64,16 @@ def cost_table(
             raise SpecError(
                 f"load {name!r} is of {load.num_experts} experts, {moe_shape.name} has {moe_shape.num_experts}"
             )
-    gpu = find_gpu(fitted.gpu)
+    gpu = find_gpu(model.gpu)
     frames = []
     for linear in Linear:
         n, k = moe_shape.gemm(linear)
         uses = [
             KernelUse(n=n, k=k, schemes=(scheme,), config=config, ctas_per_sm=config.min_ctas_per_sm)
             for scheme in schemes
-            for config in _candidates(fitted, scheme, configs)
+            for config in _candidates(model, scheme, configs)
         ]
-        frames.append(_priced(fitted, gpu, moe_shape.name, linear.value, uses, scenarios))
+        frames.append(_priced(model, gpu, moe_shape.name, linear.value, uses, scenarios))
     return CostTable(fastest(pd.concat(frames, ignore_index=True)))
 
 

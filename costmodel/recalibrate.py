@@ -12,7 +12,7 @@ from pathlib import Path
 
 from costmodel import model_file
 from costmodel.fit import read_profiles
-from costmodel.recalibration import ENOUGH_ROWS, Recalibration, recalibrate
+from costmodel.recalibration import ENOUGH_ROWS, MIN_ROWS, Recalibration, recalibrate
 from costmodel.sessions import usable
 from profiles.errors import UserError
 
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def text(found: Recalibration, out: Path) -> str:
     """What was found, for people."""
-    against = f"{found.num_paired} of them recorded before" if found.num_paired else "against the model's predictions"
+    against = f"{found.num_paired} of them recorded before"
+    if found.num_paired < MIN_ROWS:
+        against += ", too few: all are compared with the model's predictions"
     lines = [f"{found.num_rows} launches measured, {against}"]
     if not found.effects:
         lines.append("no drift: what differs is noise")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,28 +38,43 @@ class Terms:
     def __init__(self, gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> None:
         self.gpu, self.table, self.constants = gpu, table, constants
         self.clocks_per_us = gpu.boost_clock_mhz
-        self.flops_per_clock_per_sm = self._tensor_rates(sheet=False)
+        self._sheet_rates = self._tensor_rates()
+        self.flops_per_clock_per_sm = self._sheet_rates * self._reached()
         active_sms = np.clip(table.num_tiles.sum(axis=1), 1.0, gpu.num_sms)
         l2 = constants.of(constants.l2_bytes_per_clock_per_sm, gpu.compute_capability)
         # Few busy SMs may each draw more than their share, up to the 64 bytes a clock of an SM's port.
         self.l2_bytes_per_clock = np.minimum(64.0, l2 * gpu.num_sms / active_sms)[:, None]
         self.latency_clocks = constants.of(constants.dram_latency_cycles, gpu.compute_capability)
 
-    def _tensor_rates(self, *, sheet: bool) -> Array:
-        """Multiply-add operations (2 each) a clock and SM of each slot's math, [R, S]; `sheet`: the data sheet's, not
-        what the family reaches.
-        """
+    def narrowest(self) -> Terms:
+        """The same launches, each tile the narrowest that its configuration has."""
+        return self._with(self.table.narrowest(), slice(None))
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Terms:
+        """Some of the launches."""
+        return self._with(self.table.take(rows), rows)
+
+    def _with(self, table: LaunchTable, rows: slice | npt.NDArray[np.intp]) -> Terms:
+        """Other columns of tiles under the same rates."""
+        other = copy.copy(self)
+        other.table = table
+        other.flops_per_clock_per_sm = self.flops_per_clock_per_sm[rows]
+        other.l2_bytes_per_clock = self.l2_bytes_per_clock[rows]
+        return other
+
+    def _tensor_rates(self) -> Array:
+        """Multiply-add operations (2 each) a clock and SM of each slot's math by the data sheet, [R, S]."""
         gpu, table = self.gpu, self.table
         rates = np.full(len(Math), np.nan)
         for index, math in enumerate(Math):
             if math in gpu.tensor_tops:
                 rates[index] = gpu.tensor_tops[math] * 1e6 / (gpu.num_sms * gpu.boost_clock_mhz)
-        missing = [
-            math.value
-            for index, math in enumerate(Math)
-            if np.isnan(rates[index]) and bool(np.any(table.math_index[table.used] == index))
-        ]
-        if missing:
+        by_slot = rates[table.math_index]
+        unknown = table.used & np.isnan(by_slot)
+        if bool(unknown.any()):
+            missing = [
+                math.value for index, math in enumerate(Math) if bool((table.math_index[unknown] == index).any())
+            ]
             raise UnsupportedError(
                 f"a latency on {gpu.name}",
                 [
@@ -67,13 +82,14 @@ class Terms:
                     for math in missing
                 ],
             )
-        by_slot = np.nan_to_num(rates, nan=1.0)[table.math_index]
-        if sheet:
-            return np.asarray(by_slot, dtype=np.float64)
-        c = self.constants
+        return np.asarray(np.where(table.used, by_slot, 1.0), dtype=np.float64)
+
+    def _reached(self) -> Array:
+        """The share of the data sheet's rate that each slot's family reaches in its math, [R, S]."""
+        c, table = self.constants, self.table
         of_wgmma = np.asarray([c.wgmma_fraction.get(math, 1.0) for math in Math])[table.math_index]
-        of_mma = c.of(c.mma_sync_fraction, gpu.compute_capability)
-        return np.asarray(by_slot * np.where(table.is_mma_family[:, None], of_mma, of_wgmma), dtype=np.float64)
+        of_mma = c.of(c.mma_sync_fraction, self.gpu.compute_capability)
+        return np.asarray(np.where(table.is_mma_family[:, None], of_mma, of_wgmma), dtype=np.float64)
 
     def tile_us(self, ctas: Array) -> TileTime:
         """One tile's time when `ctas` CTAs ([R, 1]) share the SM."""
@@ -81,7 +97,7 @@ class Terms:
         is_mma = t.is_mma_family[:, None]
         schedulers = np.minimum(ctas * t.num_warps[:, None], float(SUB_PARTITIONS_PER_SM))
         issue_rate = schedulers * c.issue_fraction
-        iterations = t.num_k_tiles
+        iterations = t.chain_k_tiles
         mma_clocks = t.mma_k * FLOPS_PER_MMA_K1 / self.flops_per_clock_per_sm * SUB_PARTITIONS_PER_SM
         epilogue_issue = ctas * t.epilogue_instructions / issue_rate
         # cp.async's family stores its outputs itself, wgmma's leaves that to bulk copies beside the next tile.
@@ -100,9 +116,14 @@ class Terms:
             + np.where(is_mma, output, 0.0)
             + np.where(is_mma, 0.0, c.wgmma_drain_cycles + t.stores_in_turn * c.wgmma_store_cycles)
             + c.tile_overhead_cycles
+            + np.where(
+                t.partial_sum_bytes > 0,
+                c.sm_to_sm_latency_cycles + t.partial_sum_bytes / c.sm_to_sm_bytes_per_clock,
+                0.0,
+            )
         )
         total = norm(list(clocks.values()), np.where(is_mma, c.overlap_squarings, c.wgmma_overlap_squarings)) + epilogue
-        per_us = {name: np.broadcast_to(value, total.shape) / self.clocks_per_us for name, value in clocks.items()}
+        per_us = {name: value / self.clocks_per_us for name, value in clocks.items()}
         return TileTime(total=total / self.clocks_per_us, epilogue=epilogue / self.clocks_per_us, **per_us)
 
     def _chain_clocks(self, mma_clocks: Array) -> Array:
@@ -153,7 +174,11 @@ class Terms:
 
     def dram_us(self) -> Array:
         """Time of the bytes at the bandwidth that streaming reaches, [R]."""
-        return self.dram_bytes() / (self.gpu.dram_gbps * 1e3 * self.constants.dram_efficiency)
+        return self.dram_us_of(self.dram_bytes())
+
+    def dram_us_of(self, num_bytes: Array) -> Array:
+        """Time of some bytes, [R]."""
+        return num_bytes / (self.gpu.dram_gbps * 1e3 * self.constants.dram_efficiency)
 
     def flops(self) -> Array:
         """Useful operations, 2 a multiply-add, [R]."""
@@ -164,7 +189,9 @@ class Terms:
         """Operations that the tensor cores are given, padding included, [R]."""
         t = self.table
         return np.asarray(
-            (t.num_full_tiles * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(axis=1),
+            (t.num_full_tiles / t.split_k[:, None] * t.num_k_tiles * t.k_tile_mmas * t.mma_k * FLOPS_PER_MMA_K1).sum(
+                axis=1
+            ),
             dtype=np.float64,
         )
 
@@ -172,7 +199,7 @@ class Terms:
         """Larger of bytes over the data sheet's bandwidth and flops over its rates, [R]."""
         t, gpu = self.table, self.gpu
         memory = self._minimum_bytes().sum(axis=1) / (gpu.dram_gbps * 1e3)
-        clocks = 2.0 * t.num_tokens * t.n[:, None] * t.k[:, None] / (self._tensor_rates(sheet=True) * gpu.num_sms)
+        clocks = 2.0 * t.num_tokens * t.n[:, None] * t.k[:, None] / (self._sheet_rates * gpu.num_sms)
         return np.asarray(np.maximum(memory, clocks.sum(axis=1) / self.clocks_per_us), dtype=np.float64)
 
     def fill_us(self) -> Array:
@@ -191,18 +218,17 @@ def norm(parts: Sequence[Array], squarings: int | npt.NDArray[np.int_]) -> Array
     each = np.asarray(squarings)
     for_all, most = (int(each.min()), int(each.max())) if each.size else (0, 0)
     more = [each > step for step in range(for_all, most)]
-    largest = functools.reduce(np.maximum, parts)
-    scale = np.where(largest > 0, largest, 1.0)
-    total = np.zeros(scale.shape)
+    total: Array = np.zeros(1)
+    # Microseconds or clocks: their eighth powers are far from the ends of float64.
     for part in parts:
-        power = part / scale
-        for _ in range(for_all):
+        power = np.square(part) if for_all else np.array(part, dtype=np.float64)
+        for _ in range(for_all - 1):
             np.square(power, out=power)
         for happens in more:
             np.square(power, out=power, where=happens)
-        total += power
+        total = total + power
     for _ in range(for_all):
         np.sqrt(total, out=total)
     for happens in more:
         np.sqrt(total, out=total, where=happens)
-    return np.asarray(scale * total, dtype=np.float64)
+    return total

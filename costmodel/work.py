@@ -8,6 +8,7 @@ wgmma: a producer warp copies, every warp decodes its own rows, every wgmma read
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from costmodel.constants import MMA_K, WGMMA_MIN_TOKENS, WGMMA_ROWS
 from profiles.errors import UnsupportedError
 from profiles.gpus import Math
-from profiles.kernels import THREADS_PER_WARP, Family, KernelConfig
+from profiles.kernels import THREADS_PER_WARP, Family, KernelConfig, TileShape
 from profiles.schemes import QuantScheme
 
 K_TILE = MappingProxyType({Math.BF16: 64, Math.INT8: 128, Math.E4M3: 128, Math.INT4: 128})
@@ -72,7 +73,8 @@ class TileWork:
     some. `exposed_k_steps` are the k-steps of an iteration whose results a warp waits for, and
     `serial_instructions_of_a_warp` what it does while its own MMAs stand still; `instructions_of_a_warp` are all of one
     that multiplies. `stores_in_turn` are the bulk stores,
-    a token row each, that the lanes of one warp start one after another.
+    a token row each, that the lanes of one warp start one after another. `partial_sum_bytes` are what the CTA that
+    stores a tile gets from those that share its reduction.
     """
 
     math: Math
@@ -91,6 +93,7 @@ class TileWork:
     epilogue_instructions: float
     stores_in_turn: int
     output_bytes: float
+    partial_sum_bytes: float
 
     @property
     def k_tile_bytes(self) -> float:
@@ -102,6 +105,14 @@ class TileWork:
 def tile_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     """Counts for one tile; they depend on nothing else. UnsupportedError for a scheme that no kernel decodes."""
     return _wgmma_work(config, scheme) if config.family is Family.WGMMA else _mma_work(config, scheme)
+
+
+def narrowest_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
+    """Of the narrowest token tile that the configuration has; `tile_work` where all are as wide."""
+    if not config.tail:
+        return tile_work(config, scheme)
+    narrow = TileShape(m=config.tile.m, n=config.token_widths[0])
+    return tile_work(dataclasses.replace(config, tile=narrow, tail=0), scheme)
 
 
 def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
@@ -135,6 +146,7 @@ def _mma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _EPILOGUE_INSTRUCTIONS,
         stores_in_turn=0,
         output_bytes=2.0 * rows * tokens,
+        partial_sum_bytes=0.0,
     )
 
 
@@ -175,6 +187,7 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _wgmma_epilogue_instructions(scheme),
         stores_in_turn=min(tokens, THREADS_PER_WARP) * -(-tokens // (warps * THREADS_PER_WARP)),
         output_bytes=2.0 * rows * tokens,
+        partial_sum_bytes=4.0 * rows * tokens * (config.split_k - 1),
     )
 
 
@@ -246,6 +259,13 @@ def split_load(tokens_per_expert: tuple[int, ...], token_widths: tuple[int, ...]
         full_token_tiles=float((full * token_widths[-1] + last).sum()) / token_widths[-1],
         max_tokens=int(tokens.max(initial=0)),
     )
+
+
+def part_k_tiles(scheme: QuantScheme, k: int, parts: int) -> int:
+    """k-tiles of the longest of `parts` parts of a reduction, which are cut between groups of scales."""
+    whole = 1 if scheme.group_size == -1 else max(scheme.group_size // K_TILE[scheme.math], 1)
+    k_tiles = -(-k // K_TILE[scheme.math])
+    return min(-(-k_tiles // (whole * parts)) * whole, k_tiles)
 
 
 def expert_weight_bytes(scheme: QuantScheme, n: int, k: int) -> float:

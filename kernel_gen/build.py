@@ -23,6 +23,7 @@ from kernel_gen.gate import rejections
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.linker import check_installed
 from kernel_gen.pool import Failure, Outcome, compile_all
+from kernel_gen.select import table_size
 from kernel_gen.space import Effort, enumerate_configs
 from kernel_gen.sweeping.progress import Phase, phase
 from kernel_gen.timing import monotonic_s
@@ -33,11 +34,6 @@ from profiles.kernels import KernelConfig
 from profiles.models import MoeShape, find_model
 from profiles.records import Status
 from profiles.schemes import KERNEL_SCHEMES, QuantScheme
-
-MIN_MAX_EXPERTS = 256
-"""Kernels are built for at least as many experts, so that one build serves every model: the scheduler's table then
-takes 4 KiB of shared memory.
-"""
 
 EPILOG = """examples:
   python -m kernel_gen.build --gpu rtx4090 --model qwen1.5-moe-a2.7b --out bundle
@@ -72,8 +68,8 @@ class BuildRequest:
 
     @property
     def max_experts(self) -> int:
-        """Experts that the kernels have room for: a power of two."""
-        return max(MIN_MAX_EXPERTS, 1 << (self.model.num_experts - 1).bit_length())
+        """Experts that the kernels have room for."""
+        return table_size(self.model.num_experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

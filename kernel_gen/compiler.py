@@ -86,6 +86,13 @@ def inspect_step(spec: StepSpec) -> CodeFacts:
         return inspect_cubin(cubin, arch=spec.arch)
 
 
+def export_step(spec: StepSpec, path: Path) -> None:
+    """Compile a step into an object file that exports its entry as `spec.name`. CompileError when the compiler refuses
+    it.
+    """
+    _compile(spec, "").export_to_c(str(path), function_name=spec.name)
+
+
 def load_in_process(spec: KernelSpec | StepSpec) -> Callable[..., None]:
     """Compile `spec` into this process, which has a GPU of `spec.arch`: the function takes the entry's arguments of
     ARCHITECTURE.md, a step's those of its `__call__`.

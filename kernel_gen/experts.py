@@ -52,9 +52,14 @@ class Experts:
     @classmethod
     def from_weights(cls, weights: Tensor, schemes: QuantScheme | Sequence[QuantScheme]) -> Experts:
         """Quantise (round to nearest) and pack float weights [E, N, K], on their device; one scheme for all experts, or
-        one each.
+        one each. SpecError for other shapes and types, DataError for weights that are not finite.
         """
-        per_expert = [schemes] * len(weights) if isinstance(schemes, QuantScheme) else list(schemes)
+        if not isinstance(weights, Tensor) or weights.dim() != 3:
+            came = list(weights.shape) if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+            raise SpecError(f"weights: expected a tensor of floats [E, N, K], got {came}")
+        per_expert = [schemes] * len(weights) if isinstance(schemes, QuantScheme | str) else list(schemes)
+        if other := [scheme for scheme in per_expert if not isinstance(scheme, QuantScheme)]:
+            raise SpecError(f"schemes: expected those of profiles.schemes.parse, got {other[0]!r}")
         if len(per_expert) != len(weights):
             raise SpecError(f"schemes: expected one, or one for each of {len(weights)} experts, got {len(per_expert)}")
         distinct = list(dict.fromkeys(per_expert))
@@ -94,7 +99,7 @@ class Experts:
         every replay.
 
         The plan lists experts of slow tiles first (wide activations, then wide weights), so that no long tile is left
-        for the end.
+        for the end. SpecError for a slot that is missing, or inside a graph capture, which cannot copy new tables.
         """
         missing = [scheme.name for scheme in self.schemes if scheme not in slots]
         if missing:
@@ -102,6 +107,11 @@ class Experts:
                 f"experts: schemes {missing} are not among the kernel's {[scheme.name for scheme in slots]}"
             )
         if slots not in self._bindings:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise SpecError(
+                    "experts: expected them launched by this kernel before, since a graph capture cannot copy their "
+                    "tables, got their first launch"
+                )
             rows = [
                 (stack.scheme.activation_bits, stack.scheme.weight_bits, expert, slots.index(stack.scheme), index)
                 for stack, experts in zip(self.stacks, self.members, strict=True)

@@ -34,6 +34,7 @@ MAX_CONSUMER_WARPGROUPS = 3
 WGMMA_TILE_N = (8, *range(16, 257, 16))
 """Token widths: 8, or pairs of 8 for stmatrix to transpose."""
 MAX_CLUSTER = 2
+SPLITS = (1, 2, 4)
 TAILS = (8, *range(16, 129, 16))
 MAX_WIDTHS = 3
 """Each width of a token tile is a k loop of its own in every slot."""
@@ -166,8 +167,6 @@ def _common_structure_reasons(config: KernelConfig) -> Iterator[str]:
         yield f"tile.m {tile.m} is not a multiple of the packed unit's {UNIT_ROWS} rows"
     if config.warps.k != 1:
         yield f"slice-K {config.warps.k}: the {family} family generates warps.k = 1 only"
-    if config.split_k != 1:
-        yield f"split-K {config.split_k}: the {family} family generates split_k = 1 only"
     if config.num_stages < 2:
         yield f"{config.num_stages} stages: the pipeline needs at least 2"
     if config.num_threads > MAX_THREADS_PER_CTA:
@@ -177,6 +176,8 @@ def _common_structure_reasons(config: KernelConfig) -> Iterator[str]:
 def _mma_structure_reasons(config: KernelConfig) -> Iterator[str]:
     yield from _common_structure_reasons(config)
     tile, warps = config.tile, config.warps
+    if config.split_k != 1:
+        yield f"split-K {config.split_k}: the mma family generates split_k = 1 only"
     if config.cluster != 1 or config.tail:
         yield f"cluster {config.cluster}, tail {config.tail}: only the wgmma family has these"
     if tile.m % (16 * warps.m):
@@ -206,6 +207,13 @@ def _wgmma_structure_reasons(config: KernelConfig) -> Iterator[str]:
         yield f"tile.n {tile.n}: the wgmma family takes 8 or multiples of 16 up to 256"
     if config.cluster > MAX_CLUSTER:
         yield f"cluster of {config.cluster}: at most {MAX_CLUSTER} CTAs share loads"
+    if config.split_k not in SPLITS:
+        yield f"split-K {config.split_k}: 1, 2 or 4 CTAs share a tile's reduction"
+    if config.split_k > 1 and config.cluster > 1:
+        yield (
+            f"split-K {config.split_k} in a cluster of {config.cluster}: its CTAs share k-tiles or the loads of"
+            " tokens, not both"
+        )
     if config.tail and (config.tail not in TAILS or config.tail == tile.n or config.tail not in config.token_widths):
         yield f"tail {config.tail}: 8, or a multiple of 16, that is a half, a quarter, ... of tile.n {tile.n}"
     elif (widths := len(config.token_widths)) > MAX_WIDTHS:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
-from kernel_gen.bundle import Bundle, write_bundle
+from kernel_gen.bundle import Bundle, BundledKernel, write_bundle
 from kernel_gen.experts import Experts
 from kernel_gen.kernels import KernelSpec, StepSpec
 from kernel_gen.runtime import Kernel
-from kernel_gen.select import choose, table_size
+from kernel_gen.select import choose, rounded_rows, table_size
 from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GPUS, GpuSpec
 from profiles.kernels import KernelConfig
 from profiles.schemes import QuantScheme
+
+if TYPE_CHECKING:
+    from kernel_gen.build import Track
 
 
 class KernelLibrary:
@@ -26,7 +31,8 @@ class KernelLibrary:
 
     Args:
         gpu: what torch's device is.
-        bundle: kernels made by `python -m kernel_gen.build`; without one, the compiler must be installed.
+        bundle: kernels made by `python -m kernel_gen.build`, each of which passed the gate; without one, the compiler
+            must be installed, and what it makes of a kernel is not looked at (docs/build.md).
     """
 
     def __init__(self, gpu: GpuSpec, bundle: Bundle | None = None) -> None:
@@ -35,23 +41,42 @@ class KernelLibrary:
         self.gpu, self.bundle = gpu, bundle
         self._loaded: dict[KernelSpec, Kernel] = {}
         self._steps: dict[StepSpec, Callable[..., None]] = {}
+        self._best_of: weakref.WeakKeyDictionary[Experts, dict[tuple[int, bool, bool], Kernel]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._fitting_of: dict[tuple[frozenset[QuantScheme], int, bool, bool], dict[KernelConfig, KernelSpec]] = {}
 
     @classmethod
-    def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path) -> Self:
+    def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path, *, track: Track | None = None) -> Self:
         """A library of these kernels: what the cache lacks is compiled, in parallel; all are linked into a bundle in
-        `folder`.
+        `folder`. `track` shows progress (`kernel_gen.build`).
         """
-        from kernel_gen.build import compile_and_gate  # it needs what only the `compile` extra installs
+        from kernel_gen.build import compile_and_gate, silent  # it needs what only the `compile` extra installs
         from kernel_gen.cache import KernelCache, default_cache_dir
 
-        gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()))
+        gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=track or silent)
         return cls(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
 
     def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
-        """The kernel that the latency model ranks first for these experts and so many rows of X."""
-        config = choose(experts.scheme_of_expert, experts.n, experts.k, num_rows, self.gpu)
-        size = table_size(experts.num_experts)
-        return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
+        """The kernel that the latency model ranks first for these experts and so many rows of X, of the bundle's if
+        there is one. SpecError where the bundle has none for them.
+
+        Found once for batch sizes that `choose` does not tell apart: to compare the schemes of a hundred experts takes
+        longer than a launch.
+        """
+        known = self._best_of.setdefault(experts, {})
+        key = (rounded_rows(num_rows), swiglu, overlap)
+        if key not in known:
+            known[key] = self._find(experts, num_rows, swiglu=swiglu, overlap=overlap)
+        return known[key]
+
+    def _find(self, experts: Experts, num_rows: int, *, swiglu: bool, overlap: bool) -> Kernel:
+        per_expert, n, k, size = experts.scheme_of_expert, experts.n, experts.k, table_size(experts.num_experts)
+        if self.bundle is None:
+            config = choose(per_expert, n, k, num_rows, self.gpu)
+            return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
+        fitting = self._fitting(frozenset(experts.schemes), size, swiglu, overlap)
+        return self._kernel(fitting[choose(per_expert, n, k, num_rows, self.gpu, among=tuple(fitting))])
 
     def kernel(
         self,
@@ -65,16 +90,47 @@ class KernelLibrary:
         """A certain kernel. UnsupportedError if the bundle lacks it."""
         spec = KernelSpec(
             config=config,
-            schemes=tuple(sorted(schemes, key=lambda scheme: scheme.name)),
+            schemes=schemes,
             arch=self.gpu.arch,
             max_experts=max_experts,
             swiglu=swiglu,
             overlap=overlap,
         )
+        return self._kernel(_by_name(spec))
+
+    def _kernel(self, spec: KernelSpec) -> Kernel:
         if spec not in self._loaded:
             _require_no_capture(spec.label)
             self._loaded[spec] = self._bundled(spec) if self.bundle is not None else _compiled(spec)
         return self._loaded[spec]
+
+    def _fitting(
+        self, schemes: frozenset[QuantScheme], size: int, swiglu: bool, overlap: bool
+    ) -> dict[KernelConfig, KernelSpec]:
+        """The bundle's kernels that run these schemes in one launch, by configuration; of two the one with fewer slots
+        and a smaller table.
+        """
+        assert self.bundle is not None
+        key = (schemes, size, swiglu, overlap)
+        if key not in self._fitting_of:
+            specs = [built.spec for built in self.bundle.kernels]
+            fits = [
+                spec
+                for spec in specs
+                if schemes <= set(spec.schemes)
+                and size <= spec.max_experts
+                and (spec.swiglu, spec.overlap) == (swiglu, overlap)
+            ]
+            if not fits:
+                kernels = sorted({"+".join(scheme.name for scheme in spec.schemes) for spec in specs})
+                wanted = "+".join(sorted(scheme.name for scheme in schemes)) + "/swiglu" * swiglu + "/overlap" * overlap
+                raise SpecError(
+                    f"experts: expected schemes that a kernel of the bundle {self.bundle.path} has "
+                    f"({', '.join(kernels)}), got {wanted} with a table of {size} experts"
+                )
+            fits.sort(key=lambda spec: (len(spec.schemes), spec.max_experts), reverse=True)
+            self._fitting_of[key] = {spec.config: spec for spec in fits}
+        return self._fitting_of[key]
 
     def step(self, spec: StepSpec) -> Callable[..., None]:
         """One of a layer's steps around its GEMMs. UnsupportedError from a bundle, which has none."""
@@ -87,10 +143,21 @@ class KernelLibrary:
 
     def _bundled(self, spec: KernelSpec) -> Kernel:
         assert self.bundle is not None
-        for built in self.bundle.kernels:
-            if built.spec == spec:
-                return Kernel(spec, self.bundle.function(built), built.facts.ctas_per_sm)
-        raise UnsupportedError(f"{spec.label}", [f"the bundle {self.bundle.path} lacks it"])
+        built = self._bundled_by_name.get(_by_name(spec))
+        if built is None:
+            refused = [reason for item in self.bundle.refused if item.spec == spec for reason in item.reasons]
+            raise UnsupportedError(spec.label, refused or [f"the bundle {self.bundle.path} lacks it"])
+        return Kernel(built.spec, self.bundle.function(built), built.facts.ctas_per_sm)
+
+    @functools.cached_property
+    def _bundled_by_name(self) -> dict[KernelSpec, BundledKernel]:
+        assert self.bundle is not None
+        return {_by_name(built.spec): built for built in reversed(self.bundle.kernels)}  # of two alike, the first
+
+
+def _by_name(spec: KernelSpec) -> KernelSpec:
+    """The kernel with its slots in the order of their names, whatever order they were asked for in."""
+    return dataclasses.replace(spec, schemes=tuple(sorted(spec.schemes, key=lambda scheme: scheme.name)))
 
 
 def _compiled(spec: KernelSpec) -> Kernel:
@@ -110,17 +177,16 @@ def _require_no_capture(label: str) -> None:
 
 @functools.cache
 def library_of(device_index: int) -> KernelLibrary:
-    """The library of one of torch's CUDA devices, which compiles in process. UnsupportedError for a GPU nobody
-    described.
+    """The library of one of torch's CUDA devices, which compiles in process. UnsupportedError for a GPU that is not
+    described: a library of one like it (`KernelLibrary(gpu)`) launches there, by the other's latency model.
     """
     properties = torch.cuda.get_device_properties(device_index)
     capability = (properties.major, properties.minor)
-    words = properties.name.lower().replace("-", " ").split()
-    named = [gpu for gpu in GPUS.values() if gpu.compute_capability == capability]
-    for gpu in named:
-        if gpu.name in "".join(words) or gpu.name in words:
+    for gpu in GPUS.values():
+        if gpu.is_called(properties.name, capability):
             return KernelLibrary(gpu)
-    known = ", ".join(gpu.name for gpu in named) or "none"
+    alike = ", ".join(gpu.name for gpu in GPUS.values() if gpu.compute_capability == capability) or "none"
     raise UnsupportedError(
-        properties.name, [f"not among the described GPUs of compute capability {capability}: {known}"]
+        f"kernels for {properties.name}",
+        [f"it is not described; of its compute capability {capability}: {alike}; pass a KernelLibrary of the nearest"],
     )

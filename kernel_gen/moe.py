@@ -17,7 +17,7 @@ from kernel_gen.layer import plain
 from kernel_gen.layer.fused import MAX_RANKED_IDS, FusedSteps
 from kernel_gen.layer.routing import Routing
 from kernel_gen.library import KernelLibrary, library_of
-from kernel_gen.runtime import Activations
+from kernel_gen.runtime import Activations, check_capture, check_gpu, check_launch, described
 from profiles.errors import SpecError
 
 
@@ -36,17 +36,20 @@ def grouped_gemm(
         x: bf16 [T, K], tokens sorted by expert; or activations prepared before.
         experts: the linear's weights, each expert in its own scheme, at most four different ones.
         offsets: int32 [E + 1] on the GPU, rising from 0 to T.
-        out: where to write, bf16 [T, N]; fresh memory by default.
+        out: where to write, bf16 [T, N]; fresh memory by default. A graph capture needs it, and activations prepared
+            before where the experts' schemes quantise them.
         library: the kernels to choose from; the device's own by default, which compiles in process.
         check_offsets: read the offsets and refuse bad ones. This waits for the GPU, so it is left out in a capture;
             unchecked bad offsets are clamped and can reach no memory but the tensors'.
     """
-    if experts.device.type != "cuda":
-        raise SpecError(f"experts: expected weights on a CUDA device, got {experts.device}")
+    check_launch(x, experts, offsets)
     num_rows = x.num_tokens if isinstance(x, Activations) else x.shape[0]
-    if check_offsets and not torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
+        check_capture(x, experts, out)
+    elif check_offsets:
         _check_offsets(offsets, num_rows)
     kernels = library or library_of(experts.device.index or 0)
+    check_gpu(kernels.gpu.arch, experts.device)
     return kernels.best(experts, num_rows)(x, experts, offsets, out)
 
 
@@ -95,6 +98,9 @@ class MoELayer(torch.nn.Module):
         fusions: Fusion | None = None,
     ) -> None:
         super().__init__()
+        for name, given in (("gate_up", gate_up), ("down", down)):
+            if not isinstance(given, Experts):
+                raise SpecError(f"{name}: expected kernel_gen.Experts, got {described(given)}")
         if gate_up.num_experts != down.num_experts:
             raise SpecError(f"down: expected {gate_up.num_experts} experts as gate_up has, got {down.num_experts}")
         if gate_up.n != 2 * down.k or gate_up.k != down.n:
@@ -105,6 +111,7 @@ class MoELayer(torch.nn.Module):
         if gate_up.device != down.device or gate_up.device.type != "cuda":
             raise SpecError(f"down: expected both on one CUDA device, got {gate_up.device} and {down.device}")
         self.kernels = library or library_of(gate_up.device.index or 0)
+        check_gpu(self.kernels.gpu.arch, gate_up.device)
         default = Fusion.MEASURED_FASTER if self.kernels.bundle is None else Fusion.NONE
         self.fusions = default if fusions is None else fusions
         if Fusion.OVERLAP in self.fusions and not can_overlap(self.kernels.gpu.arch):
@@ -173,40 +180,41 @@ class MoELayer(torch.nn.Module):
     def _check(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
         device = self.gate_up.device
         if (
-            hidden.dtype != torch.bfloat16
+            not isinstance(hidden, Tensor)
+            or hidden.dtype != torch.bfloat16
             or hidden.dim() != 2
             or hidden.shape[1] != self.gate_up.k
             or hidden.device != device
         ):
-            raise SpecError(
-                f"hidden: expected bfloat16 [T, {self.gate_up.k}] on {device}, "
-                f"got {hidden.dtype} {list(hidden.shape)} on {hidden.device}"
-            )
-        is_integer = not (expert_ids.is_floating_point() or expert_ids.is_complex() or expert_ids.dtype == torch.bool)
+            raise SpecError(f"hidden: expected bfloat16 [T, {self.gate_up.k}] on {device}, got {described(hidden)}")
         if (
-            not is_integer
+            not isinstance(expert_ids, Tensor)
+            or not _is_integer(expert_ids)
             or expert_ids.dim() != 2
             or expert_ids.shape[0] != hidden.shape[0]
             or expert_ids.device != device
         ):
             raise SpecError(
-                f"expert_ids: expected integers [{hidden.shape[0]}, top_k] on {device}, "
-                f"got {expert_ids.dtype} {list(expert_ids.shape)} on {expert_ids.device}"
+                f"expert_ids: expected integers [{hidden.shape[0]}, top_k] on {device}, got {described(expert_ids)}"
             )
         if (
-            not expert_weights.is_floating_point()
+            not isinstance(expert_weights, Tensor)
+            or not expert_weights.is_floating_point()
             or expert_weights.shape != expert_ids.shape
             or expert_weights.device != device
         ):
             raise SpecError(
-                f"expert_weights: expected floats {list(expert_ids.shape)} on {device}, "
-                f"got {expert_weights.dtype} {list(expert_weights.shape)} on {expert_weights.device}"
+                f"expert_weights: expected floats {list(expert_ids.shape)} on {device}, got {described(expert_weights)}"
             )
+
+
+def _is_integer(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 def _check_offsets(offsets: Tensor, num_rows: int) -> None:
     values = offsets.tolist()
-    if values and (values[0] != 0 or values[-1] != num_rows or any(b < a for a, b in itertools.pairwise(values))):
+    if values[0] != 0 or values[-1] != num_rows or any(b < a for a, b in itertools.pairwise(values)):
         raise SpecError(f"offsets: expected numbers rising from 0 to {num_rows}, got {_short(values)}")
 
 

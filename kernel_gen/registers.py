@@ -113,6 +113,9 @@ def _wgmma(config: KernelConfig, layout: Layout) -> int:
     units = config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // consumers
     fragments = units * (UNIT_ROWS * smem_wgmma.TOKEN_ROW_BYTES // 4 // THREADS_PER_WARPGROUP)
     zeros = 2 if layout.has_zero_points else 0
+    if smem_wgmma.multiplies_in_warps(layout, config.tile.n):
+        words = units * (layout.words_per_lane + _strip_words(layout)) + 2 * config.tile.n
+        return 2 * accumulators + 2 * words
     if smem_wgmma.sum_of(layout, config.tile.n) is smem_wgmma.SumOf.GROUPS:
         words = units * (_packed_words(layout) + zeros) if layout.math is Math.BF16 else 0
         return 2 * accumulators + fragments + words

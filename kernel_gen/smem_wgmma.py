@@ -3,7 +3,8 @@ this.
 
 Arrays, each of num_stages parts: tokens (1024-byte aligned, as the 128-byte swizzle wants), packed weights, strips
 (scales, then zero points). Then each consumer warpgroup's part of the output, a few tokens at a time in two buffers
-that take turns; the tokens' scales, one copy a warpgroup; the scheduler's table; the barriers.
+that take turns; the tokens' scales, one copy a warpgroup; with split-K the other CTAs' sums of a tile; the
+scheduler's table; the barriers.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class WgmmaArrays:
     output: int
     output_buffer: int
     token_scales: int
+    partial_sums: int
     table: int
     barriers: int
     total: int
@@ -98,7 +100,8 @@ def wgmma_arrays(config: KernelConfig, schemes: Iterable[QuantScheme], max_exper
     output_buffer = chunk * output_row_bytes(config)
     token_scales = output + groups * min(2, -(-config.tile.n // chunk)) * output_buffer
     scaled = any(layout.activation is not ActivationKind.BF16 for layout in layouts)
-    table = round_up(token_scales + scaled * groups * config.tile.n * 4, BULK_ALIGNMENT_BYTES)
+    partial_sums = round_up(token_scales + scaled * groups * config.tile.n * 4, BULK_ALIGNMENT_BYTES)
+    table = partial_sums + (config.split_k - 1) * config.tile.m * config.tile.n * 4
     barriers = table + 16 * max_experts + 16
     return WgmmaArrays(
         tokens=0,
@@ -110,9 +113,10 @@ def wgmma_arrays(config: KernelConfig, schemes: Iterable[QuantScheme], max_exper
         output=output,
         output_buffer=output_buffer,
         token_scales=token_scales,
+        partial_sums=partial_sums,
         table=table,
         barriers=barriers,
-        total=barriers + 16 * config.num_stages,
+        total=barriers + 16 * config.num_stages + 16 * (config.split_k > 1),
     )
 
 
@@ -147,8 +151,9 @@ def launch_registers(config: KernelConfig) -> int:
 
 
 def producer_registers(config: KernelConfig) -> int:
-    """What setmaxnreg leaves the producer warpgroup."""
-    return PRODUCER_REGISTERS.get(config.min_ctas_per_sm, FEW_PRODUCER_REGISTERS)
+    """What setmaxnreg leaves the producer warpgroup; consumers of the narrowest tiles spare it some."""
+    few = PRODUCER_REGISTERS[2] if config.tile.n <= WARPS_UP_TO_TOKENS else FEW_PRODUCER_REGISTERS
+    return PRODUCER_REGISTERS.get(config.min_ctas_per_sm, few)
 
 
 def consumer_registers(config: KernelConfig) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from kernel_gen.legality import ARCHITECTURES, estimated_facts, reasons
+from kernel_gen.legality import ARCHITECTURES, SPLITS, estimated_facts, reasons
 from profiles.gpus import GpuSpec
 from profiles.kernels import Family, KernelConfig, Raster, TileShape, WarpLayout
 from profiles.schemes import QuantScheme
@@ -52,12 +52,14 @@ class WgmmaBand:
     stages: tuple[int, ...]
 
 
+FEW_TOKENS = 16
+"""Up to here split-K is considered: wider tiles wait for the tensor cores, and their sums are large."""
 WIDE_TOKENS = 64
 """From here on narrower last tiles and clusters are considered."""
 WGMMA_TILES = tuple((64 * warpgroups * units, 4 * warpgroups) for warpgroups in (1, 2, 3) for units in (1, 2))
 """(tile.m, warps.m): one to three warpgroups with one or two units of 64 rows each."""
 WGMMA_BANDS = (
-    WgmmaBand(tile_n=(16, 32), ctas_per_sm=(2, 3, 4), stages=(3, 4, 6, 8)),
+    WgmmaBand(tile_n=(8, 16, 32), ctas_per_sm=(2, 3, 4), stages=(3, 4, 6, 8)),
     WgmmaBand(tile_n=(48, 64, 96), ctas_per_sm=(1, 2), stages=(3, 4, 6)),
     WgmmaBand(tile_n=(128, 160, 192, 256), ctas_per_sm=(1,), stages=(2, 3, 4, 5)),
 )
@@ -81,6 +83,7 @@ class QuickPick:
     beside_wgmma: bool = False
     cluster: int = 1
     tails: tuple[int, ...] = (0,)
+    split_k: int = 1
 
 
 def _wgmma(
@@ -92,6 +95,7 @@ def _wgmma(
     *,
     cluster: int = 1,
     tail: int = 0,
+    split_k: int = 1,
 ) -> QuickPick:
     """With a tail where the registers allow the k loops for it, else without."""
     return QuickPick(
@@ -103,6 +107,7 @@ def _wgmma(
         max_stages=max_stages,
         cluster=cluster,
         tails=(tail, 0) if tail else (0,),
+        split_k=split_k,
     )
 
 
@@ -120,10 +125,17 @@ MMA_PICKS = (
     QuickPick(tile_m=128, tile_n=256, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4),
 )
 WGMMA_PICKS = (
-    _wgmma(64, 16, 1, (4, 3, 2), 8),
-    _wgmma(128, 16, 1, (3, 2), 8),
+    _wgmma(128, 8, 1, (3,), 8, split_k=4),
+    _wgmma(256, 8, 2, (2,), 8, split_k=2),
+    _wgmma(64, 8, 1, (4, 3, 2), 8),
+    _wgmma(128, 8, 1, (3, 2), 8),
+    _wgmma(192, 8, 1, (3, 2), 8),
+    _wgmma(256, 8, 1, (2,), 6),
+    _wgmma(256, 8, 2, (2,), 8),
+    _wgmma(384, 8, 3, (1,), 8),
+    _wgmma(128, 16, 1, (3, 2), 8, tail=8),
     _wgmma(192, 16, 1, (3, 2), 8),
-    _wgmma(256, 16, 1, (2,), 6),
+    _wgmma(256, 16, 1, (2,), 6, tail=8),
     _wgmma(256, 16, 2, (2,), 6),
     _wgmma(512, 16, 2, (1,), 6),
     _wgmma(128, 32, 1, (3, 2), 6),
@@ -137,7 +149,8 @@ WGMMA_PICKS = (
     _wgmma(128, 256, 2, (1,), 5, cluster=2, tail=64),
     _wgmma(256, 160, 2, (1,), 4),
 )
-"""Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing."""
+"""Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing: so split-K of 16-bit
+weights, where it measured no faster."""
 
 
 def quick_picks(gpu: GpuSpec, families: Collection[Family] = ALL_FAMILIES) -> tuple[QuickPick, ...]:
@@ -264,17 +277,33 @@ def _full_mma() -> Iterator[KernelConfig]:
 def _full_wgmma() -> Iterator[KernelConfig]:
     for (tile_m, warps_m), band in itertools.product(WGMMA_TILES, WGMMA_BANDS):
         for tile_n, stages, raster, ctas in itertools.product(band.tile_n, band.stages, Raster, band.ctas_per_sm):
-            for cluster, tail in _sharings(tile_n, ctas):
-                yield _config(Family.WGMMA, tile_m, tile_n, WarpLayout(m=warps_m), stages, raster, ctas, cluster, tail)
+            for cluster, tail, split_k in _sharings(tile_n, ctas):
+                yield _config(
+                    Family.WGMMA,
+                    tile_m,
+                    tile_n,
+                    WarpLayout(m=warps_m),
+                    stages,
+                    raster,
+                    ctas,
+                    cluster=cluster,
+                    tail=tail,
+                    split_k=split_k,
+                )
 
 
-def _sharings(tile_n: int, ctas: int) -> Iterator[tuple[int, int]]:
-    """(cluster, tail) worth considering: tails down to a quarter or a half of a wide tile; then also clusters."""
-    yield 1, 0
+def _sharings(tile_n: int, ctas: int) -> Iterator[tuple[int, int, int]]:
+    """(cluster, tail, split_k) worth considering: split-K of narrow tiles; tails down to a quarter or a half of a wide
+    tile; then also clusters.
+    """
+    for split_k in SPLITS if tile_n <= FEW_TOKENS else (1,):
+        yield 1, 0, split_k
+    if tile_n == FEW_TOKENS:
+        yield 1, tile_n // 2, 1
     tail = next((tile_n // parts for parts in (4, 2) if tile_n % (16 * parts) == 0), 0)
     if tile_n >= WIDE_TOKENS and ctas == 1 and tail:
-        yield 1, tail
-        yield 2, tail
+        yield 1, tail, 1
+        yield 2, tail, 1
 
 
 def _is_sensible(tile_m: int, tile_n: int, warps: WarpLayout) -> bool:
@@ -294,7 +323,18 @@ def _members(pick: QuickPick) -> Iterator[KernelConfig]:
     warps = WarpLayout(m=pick.warps_m, n=pick.warps_n)
     for ctas, tail in itertools.product(pick.ctas_per_sm, pick.tails):
         for stages in range(pick.max_stages, (3 if ctas > 1 else 2) - 1, -1):
-            yield _config(pick.family, pick.tile_m, pick.tile_n, warps, stages, pick.raster, ctas, pick.cluster, tail)
+            yield _config(
+                pick.family,
+                pick.tile_m,
+                pick.tile_n,
+                warps,
+                stages,
+                pick.raster,
+                ctas,
+                cluster=pick.cluster,
+                tail=tail,
+                split_k=pick.split_k,
+            )
 
 
 def _config(
@@ -305,15 +345,17 @@ def _config(
     stages: int,
     raster: Raster,
     ctas: int,
+    *,
     cluster: int = 1,
     tail: int = 0,
+    split_k: int = 1,
 ) -> KernelConfig:
     return KernelConfig(
         family=family,
         tile=TileShape(m=tile_m, n=tile_n),
         warps=warps,
         num_stages=stages,
-        split_k=1,
+        split_k=split_k,
         raster=raster,
         min_ctas_per_sm=ctas,
         cluster=cluster,

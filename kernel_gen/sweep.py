@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kernel_gen.space import enumerate_configs, summarise
-from kernel_gen.sweeping import arguments, heatmap, report
+from kernel_gen.sweeping import arguments, heatmap, progress, report
 from kernel_gen.sweeping.again import cells_again
 from kernel_gen.sweeping.backends import Choice, choose, guided_sweep, say, sweep, table_path
+from kernel_gen.sweeping.builds import compiled_and_gated
 from kernel_gen.sweeping.guided_arguments import GuidedOptions
-from kernel_gen.sweeping.measuring import Bench
+from kernel_gen.sweeping.measuring import Bench, wanted
 from kernel_gen.sweeping.plan import Cell, SweepRequest, plan
 from kernel_gen.sweeping.run import SweepResult
 from profiles.errors import DataError, SpecError, UserError
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None, *, bench: Bench | None = None) -> in
         cells = plan_of(options)
         if options.guided is not None and options.guided.only_worth:
             show_worth(options, cells, options.guided)
+            return 0
+        if options.build_only:
+            build_kernels(options, cells)
             return 0
         choice = (
             Choice(source=Source.MEASURED) if bench else choose(options.request, options.backend, options.ray_address)
@@ -78,6 +82,31 @@ def show_worth(options: arguments.Options, cells: Sequence[Cell], guided: Guided
     found = worth(request, cells, guided.guidance(request.gpu, say))
     models = ", ".join(model.name for model in request.models)
     print(json.dumps(found.summary(), indent=1) if options.as_json else f"{models} on {request.gpu.name}, {found}")
+
+
+def build_kernels(options: arguments.Options, cells: Sequence[Cell]) -> None:
+    """Compiles what a sweep of these cells would measure; how many kernels there are, on stdout. UserError without a
+    compiler.
+    """
+    request = options.request
+    candidates = wanted(request, cells)
+    specs = list(dict.fromkeys(candidate.spec(request.gpu) for candidate in candidates))
+    gated = compiled_and_gated(
+        specs, request.gpu, lambda number: progress.phase("built", number, live=not options.as_json)
+    )
+    counts = {
+        "candidates": len(candidates),
+        "kernels": len(specs),
+        "were_cached": gated.num_cached,
+        "refused": len(gated.refused),
+    }
+    if options.as_json:
+        print(json.dumps(counts, indent=1))
+    else:
+        print(
+            f"{len(specs)} kernels for {len(candidates)} candidates: {gated.num_cached} were in the cache,"
+            f" {len(gated.refused)} are refused by the build gate"
+        )
 
 
 def carry_out(

@@ -40,10 +40,12 @@ class TableKind:
     def read(self, path: Path) -> pd.DataFrame:
         """A file's rows, not yet checked. DataError: missing, truncated, foreign, or of another schema version."""
         try:
-            table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read().replace_schema_metadata(None)  # pandas' notes in it may be damaged
+            table.validate(full=True)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file") from None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{path}: not a readable Parquet file, truncated or foreign ({reason})") from error
         if {"schema_version", self.own} <= set(table.column_names):
@@ -76,6 +78,9 @@ class TableKind:
         if missing or frame.empty:
             raise DataError(f"{where}: " + (f"missing columns {', '.join(missing)}" if missing else "it has no rows"))
         try:
+            for field in self.schema:
+                if not pa.types.is_string(field.type) and pd.api.types.is_string_dtype(frame[field.name]):
+                    raise TypeError(f"{field.name} is text")  # which pyarrow would read as numbers
             frame = pa.Table.from_pandas(frame, schema=self.schema, preserve_index=False).to_pandas()
         except (pa.ArrowException, TypeError) as error:
             raise DataError(f"{where}: a column is not of the type that {self.name} has ({error})") from error

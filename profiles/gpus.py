@@ -21,6 +21,7 @@ REGS_PER_SM = 65_536  # the same on every architecture from sm_80 to sm_120
 CUDA_GUIDE = (
     "CUDA C++ Programming Guide, technical specifications per compute capability: shared memory, registers, threads"
 )
+_SAME_CHIP = frozenset({"sxm", "sxm2", "sxm3", "sxm4", "sxm5", "pcie", "hbm2e", "hbm3", "hbm3e", "nvl"})
 
 
 class Math(Enum):
@@ -71,6 +72,22 @@ class GpuSpec:
         """
         major, minor = self.compute_capability
         return f"sm_{major}{minor}" + ("a" if major in (9, 10) else "")
+
+    def is_called(self, driver_name: str, compute_capability: tuple[int, int]) -> bool:
+        """Whether the driver's name of a card means this one: "rtx4090" is "NVIDIA GeForce RTX 4090".
+
+        The name, without spaces and marks, stands in the driver's, and begins and ends where a word does: "h200" must
+        not match a "GH200", nor "rtx4090" an "RTX 4090 D" or "RTX 4090 Laptop GPU", which have fewer SMs. Suffixes that
+        change memory or form factor only ("HBM3", "80GB", "PCIE", "SXM4-40GB") are allowed.
+        """
+        if compute_capability != self.compute_capability:
+            return False
+        words = driver_name.lower().replace("-", " ").split()
+        for start in range(len(words)):
+            for end in range(start + 1, len(words) + 1):
+                if "".join(words[start:end]) == self.name.lower():
+                    return all(word in _SAME_CHIP or word.rstrip("gb").isdigit() for word in words[end:])
+        return False
 
     def __str__(self) -> str:
         return self.name

@@ -85,7 +85,7 @@ class KernelConfig:
         tile: weight rows by tokens of a CTA's tile; `tile.k` is 0, since each scheme's k-tile follows from its math.
         warps: warps of a CTA that multiply.
         num_stages: k-tiles in flight in shared memory.
-        split_k: CTAs that share one tile's reduction.
+        split_k: CTAs of a cluster that share one tile's reduction (wgmma).
         raster: order of the tiles within an expert.
         min_ctas_per_sm: CTAs that must fit on an SM; it bounds the registers.
         cluster: CTAs that take adjacent feature tiles of the same tokens and share the loads of those (wgmma).

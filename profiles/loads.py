@@ -219,7 +219,7 @@ def write_trace(loads: Mapping[int, TokenLoad], path: str | os.PathLike[str]) ->
         with replacing(file) as temporary:
             if file.suffix == ".parquet":
                 columns = {"layer": list(rows), "tokens_per_expert": list(rows.values())}
-                pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), temporary)
+                pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), temporary, write_page_checksum=True)
             else:
                 temporary.write_text(json.dumps(rows) + "\n", encoding="utf-8")
     except OSError as error:
@@ -241,10 +241,13 @@ def _read_json_trace(file: Path) -> Iterable[tuple[object, object]]:
 
 def _read_parquet_trace(file: Path) -> Iterable[tuple[object, object]]:
     try:
-        table = pq.read_table(file, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            table = opened.read()
+        table.validate(full=True)
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{file}: not a readable Parquet file, truncated or foreign ({reason})") from error
-    if not set(TRACE_SCHEMA.names) <= set(table.column_names):
+    if not set(TRACE_SCHEMA.names) <= set(names):
         raise DataError(f"{file}: not a trace; the columns {' and '.join(TRACE_SCHEMA.names)} are needed")
     return zip(*(table.column(name).to_pylist() for name in TRACE_SCHEMA.names), strict=True)

@@ -20,7 +20,7 @@ from typing import Any
 from tests.gpu_report import describe_device, slug
 
 TOOLS = ("memcheck", "racecheck")
-TESTS = "tests/kernel_gen/test_sanitized_gpu.py"
+TESTS = "tests/kernel_gen/sanitized_gpu.py"
 SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
 CLEAN = re.compile(r"0 (?:errors|hazards displayed)")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from allocator.allocation import Allocation
-from allocator.command import open_data, open_model, progress_of
+from allocator.command import check_outputs, open_data, open_model, progress_of
 from allocator.export import compressed_tensors, gptq, modelopt
 from allocator.export.names import names_of
 from allocator.export.projection import Projection, project
-from allocator.export.targets import DEFAULT_FORM, Engine, Form, Target
+from allocator.export.targets import DEFAULT_FORM, WRITTEN, Engine, Form, Target
 from allocator.extras import require_models
 from allocator.sensitivity import Sensitivity
 from allocator.verify import verify
@@ -35,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = projection.price() | ({} if written is None else {"weights": written})
-    lines = [price(projection), *([] if written is None else [weights_text(written)]), f"wrote {arguments.out}"]
+    what = WRITTEN[projection.target.form] if written is None else "a checkpoint, quantised"
+    summary = projection.price() | {"written": what} | ({} if written is None else {"weights": written})
+    lines = [price(projection), *([] if written is None else [weights_text(written)])]
+    lines.append(f"wrote {arguments.out}: {what}")
     print(json.dumps(summary) if arguments.json else "\n".join(lines))
     return 0
 
@@ -45,8 +47,8 @@ def _run(arguments: argparse.Namespace) -> tuple[Projection, dict[str, Any] | No
     engine = None if arguments.target is None else Engine(arguments.target)
     form = Form(arguments.format) if arguments.format else (Form.NATIVE if engine is None else DEFAULT_FORM[engine])
     target = Target(form=form, engine=engine)
-    if not arguments.out.absolute().parent.is_dir():
-        raise SpecError(f"--out {arguments.out}: its folder does not exist")
+    if not arguments.weights:
+        check_outputs(arguments, "--out")
     if arguments.weights:
         _check_weights(arguments, target)
     native = Allocation.read(arguments.allocation)
@@ -102,7 +104,10 @@ def _weights(allocation: Allocation, arguments: argparse.Namespace) -> dict[str,
 def _check_weights(arguments: argparse.Namespace, target: Target) -> None:
     """SpecError: what --weights needs is not given. UserError: or not installed."""
     if target.form is not Form.COMPRESSED_TENSORS:
-        raise SpecError(f"--weights writes compressed-tensors checkpoints, not {target.form.value}")
+        raise SpecError(
+            f"--weights writes compressed-tensors checkpoints, not {target.form.value}; without it there is"
+            f" {WRITTEN[target.form]}"
+        )
     if arguments.model is None or not Path(arguments.model).is_dir():
         raise SpecError("--weights needs --model DIR, the checkpoint folder that is quantised")
     arguments.model = Path(arguments.model)

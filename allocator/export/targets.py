@@ -32,6 +32,16 @@ class Engine(Enum):
     TRTLLM = "trtllm"
 
 
+WRITTEN = {
+    Form.NATIVE: "the allocation itself, which bitile's own layers read",
+    Form.COMPRESSED_TENSORS: "a configuration, no weights: it belongs into config.json as quantization_config, beside"
+    " weights that were quantised so; --weights writes such a checkpoint",
+    Form.GPTQ: "a configuration, no weights: quantise with GPTQModel and a QuantizeConfig of these fields; what it"
+    " saves is what an engine loads",
+    Form.MODELOPT: "a configuration, no weights: quantise the modules with ModelOpt as it names them; what"
+    " export_hf_checkpoint then writes is what an engine loads",
+}
+"""What the file is, and what the user has yet to do."""
 DEFAULT_FORM = {
     Engine.VLLM: Form.COMPRESSED_TENSORS,
     Engine.SGLANG: Form.COMPRESSED_TENSORS,

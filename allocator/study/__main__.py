@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ import pandas as pd
 
 from allocator.allocation import Allocation
 from allocator.budget import Budget
+from allocator.command import check_outputs
 from allocator.extras import require_study
 from allocator.sensitivity import Sensitivity
 from allocator.study.evidence import Evidence
 from allocator.study.problem import Problem
 from allocator.study.problem import of as problem_of
+from costmodel import model_file
 from costmodel.table import CostTable
 from profiles import schemes
 from profiles.errors import SpecError, UserError
@@ -56,8 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from allocator.study.storage import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if not arguments.out.absolute().parent.is_dir():
-        raise SpecError(f"--out {arguments.out}: its folder does not exist")
+    check_outputs(arguments, "--out")
     settings = run.Settings(
         goal=Goal(objective=Objective(arguments.objective), loss_weight=arguments.loss_weight),
         num_trials=arguments.trials,
@@ -104,15 +106,18 @@ def _problem(arguments: argparse.Namespace) -> Problem:
 
 def _evidence(arguments: argparse.Namespace, shape: MoeShape) -> Evidence:
     scenarios = {name: source for _, name, source in _pairs("--scenario", arguments.scenario)}
+    fitted = None if arguments.latency_model is None else model_file.read(arguments.latency_model)
     if arguments.cost is not None:
         if scenarios:
             raise SpecError("--scenario names loads of a profile; a cost table has its own scenarios")
-        return Evidence.from_cost_table(CostTable.read(arguments.cost), shape.name, shape.num_experts)
+        found = Evidence.from_cost_table(CostTable.read(arguments.cost), shape.name, shape.num_experts)
+        return replace(found, latency_model=fitted)
     for path in arguments.profile:
         if not path.is_file():
             raise SpecError(f"--profile {path}: no such file")
     frames = [ProfileStore(path).records() for path in arguments.profile]
-    return Evidence.from_profile(pd.concat(frames, ignore_index=True), shape.name, scenarios or None)
+    found = Evidence.from_profile(pd.concat(frames, ignore_index=True), shape.name, scenarios or None)
+    return replace(found, latency_model=fitted)
 
 
 def _corrected(path: Path, sensitivity: Sensitivity, shape: MoeShape) -> Any:
@@ -231,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=LOAD",
         help="a load of the profile by its source; may be repeated (default: every load of the model)",
     )
+    add("--latency-model", type=Path, metavar="FILE", help="prices launches; by costmodel.fit (default: analytic)")
     add("--model", metavar="NAME", help="a known model or a config.json (default: the sensitivity's model)")
     add("--budget-bits", required=True, type=float, metavar="BITS", help="most stored bits per weight, on average")
     add(

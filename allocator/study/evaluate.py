@@ -32,9 +32,6 @@ INNER_EFFORT = Effort(good_gap=1e-4, small_items=300, milp_seconds=2.0)
 
 CAPPED_EFFORT = Effort(good_gap=1e-3, small_items=0, narrow=(300, 30), wide=(300, 30), milp_variables=0)
 """Under several caps, which move: a bound and a rounding are enough."""
-CAP_MOVES = 4
-CAP_MARGIN = 0.9995
-"""A cap aims this near to a limit: launches move in steps."""
 PRICED_LAYERS = 4
 """Layers whose launches decide between configurations: they differ little."""
 
@@ -130,12 +127,8 @@ class Evaluator:
     def solve(self, choice: Choice) -> Inner:
         """The inner problem's solution; where nothing holds the caps, the one without them."""
         problem = self.problem
-        loss, bits, latency, columns = self._arrays(choice)
-        weights = [
-            choice.latency_weights[name] / len(problem.scenarios) / self.fastest_uniform_us[name]
-            for name in problem.scenarios
-        ]
-        cost = loss * self._error_factors(choice, columns) / self.reference_loss + latency @ np.array(weights)
+        loss, bits, latency, columns = self.arrays(choice)
+        cost = self._cost(choice, loss, latency, columns)
         rows = np.arange(len(problem.ids))
         found = self._within(choice, cost, bits, latency)
         if found is not None:
@@ -144,8 +137,21 @@ class Evaluator:
             chosen = np.where(np.isfinite(cost), bits, np.inf).argmin(axis=1)
             objective = bound = float(cost[rows, chosen].sum())
             gap = 0.0
-        limit, avg_bits = problem.bits_limit, float(np.average(bits[rows, chosen], weights=problem.sizes))
-        assignment = columns[rows, chosen]
+        return self._inner(columns[rows, chosen], objective, bound, gap)
+
+    def at(self, choice: Choice, assignment: Ints, bound: float) -> Inner:
+        """Another assignment of the compiled schemes, with the inner problem's value of it."""
+        loss, _, latency, columns = self.arrays(choice)
+        rows = np.arange(len(assignment))
+        slot = (columns == assignment[:, None]).argmax(axis=1)
+        objective = float(self._cost(choice, loss, latency, columns)[rows, slot].sum())
+        bound = min(bound, objective)
+        return self._inner(assignment, objective, bound, (objective - bound) / (max(abs(objective), abs(bound)) or 1.0))
+
+    def _inner(self, assignment: Ints, objective: float, bound: float, gap: float) -> Inner:
+        problem, limit = self.problem, self.problem.bits_limit
+        bits = problem.bits[np.arange(len(assignment)), assignment]
+        avg_bits = float(np.average(bits, weights=problem.sizes))
         return Inner(
             assignment=assignment,
             objective=objective,
@@ -155,6 +161,15 @@ class Evaluator:
             excess_bits=avg_bits - limit if avg_bits > limit * (1 + 1e-12) else min(0.0, avg_bits - limit),
             loss=problem.corrected_loss(assignment),
         )
+
+    def _cost(self, choice: Choice, loss: Floats, latency: Floats, columns: Ints) -> Floats:
+        """[B, slots]."""
+        scale = len(self.problem.scenarios)
+        weights = [
+            choice.latency_weights[name] / scale / self.fastest_uniform_us[name] for name in self.problem.scenarios
+        ]
+        errors = loss * self._error_factors(choice, columns) / self.reference_loss
+        return np.asarray(errors + latency @ np.array(weights))
 
     def _within(self, choice: Choice, cost: Floats, bits: Floats, latency: Floats) -> Solution | None:
         """Least cost within bits and caps, else as near to the caps as the bits allow; None: the bits cannot be held by
@@ -176,30 +191,8 @@ class Evaluator:
         except InfeasibleError:
             return None
 
-    def solve_within_limits(self, choice: Choice) -> tuple[Choice, Inner]:
-        """The inner problem with caps moved until the launches, not their shares, are at the budget's limits.
-
-        Each cap is scaled by the limit over what its launches take, some times over; of the assignments that hold every
-        limit the one of least loss is taken, else the one that breaks them least.
-        """
-        limits = self.problem.budget.max_latency_us
-        if not limits:
-            return choice, self.solve(choice)
-        caps = dict(limits) | dict(choice.latency_caps_us)
-        best: tuple[tuple[float, float], Choice, Inner] | None = None
-        for _ in range(CAP_MOVES):
-            moved = replace(choice, latency_caps_us=dict(caps))
-            inner = self.solve(moved)
-            over = {name: self.launches_us(moved, inner.assignment, name) / limit for name, limit in limits.items()}
-            rank = max(0.0, *(ratio - 1 for ratio in over.values()), inner.excess_bits), inner.loss
-            if best is None or rank < best[0]:
-                best = rank, moved, inner
-            caps = {name: caps[name] / over[name] * CAP_MARGIN for name in limits}
-        assert best is not None
-        return best[1:]
-
-    def launches_us(self, choice: Choice, assignment: Ints, scenario: str) -> float:
-        """All layers' launches under one load, priced as launches."""
+    def launches_us(self, choice: Choice, assignment: Ints, scenario: str, only: LaunchKind | None = None) -> float:
+        """All layers' launches under one load, of one linear if only that is asked for, priced as launches."""
         schemes = self.problem.schemes
         launches = [
             MixedLaunch(
@@ -209,7 +202,7 @@ class Evaluator:
                 compiled=choice.compiled[kind.linear],
                 schemes=tuple(schemes[s] for s in assignment[rows]),
             )
-            for kind in self.problem.kinds
+            for kind in (self.problem.kinds if only is None else [only])
             for rows in kind.rows
         ]
         return float(self.pricer.launches_us(launches).sum())
@@ -233,15 +226,10 @@ class Evaluator:
                     total[scenario] += float(self.pricer.launches_us(launches).min())
         return total
 
-    def additive_us(self, choice: Choice) -> tuple[Floats, Ints]:
-        """Each block's share of latency float64 [blocks, slots, scenarios], and the scheme of each column
-        [blocks, slots]; inf and 0 beyond a launch's schemes.
+    def arrays(self, choice: Choice) -> tuple[Floats, Floats, Floats, Ints]:
+        """What the inner problem chooses from: loss (inf beyond a launch's schemes) and bits [B, slots], shares of
+        latency [B, slots, scenarios], and the scheme of each column [B, slots].
         """
-        _, _, latency, columns = self._arrays(choice)
-        return latency, columns
-
-    def _arrays(self, choice: Choice) -> tuple[Floats, Floats, Floats, Ints]:
-        """loss, bits [B, slots], latency [B, slots, scenarios], scheme of each column [B, slots]."""
         problem = self.problem
         width = max(len(held) for held in choice.compiled.values())
         shape = (len(problem.ids), width)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from costmodel.analytic import model_version
+from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
 from profiles import kernels, schemes
 from profiles.errors import DataError, SpecError
@@ -39,12 +41,23 @@ class Evidence:
         loads: the routed experts' load in each scenario.
         latency_us: launches whose latency is known; others are predicted.
         version: what made the numbers.
+        latency_model: fitted on this GPU's launches, prices those that were not measured; None: the analytic model.
     """
 
     gpu: GpuSpec
     loads: Mapping[str, TokenLoad]
     latency_us: Mapping[LaunchKey, float] = field(default_factory=lambda: MappingProxyType({}))
     version: str = "analytic"
+    latency_model: FittedModel | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency_model is not None and self.latency_model.gpu != self.gpu.name:
+            raise DataError(f"the latency model is of {self.latency_model.gpu}, the latencies are of {self.gpu.name}")
+
+    @property
+    def model_version(self) -> str:
+        """Of what prices launches that were not measured."""
+        return model_version() if self.latency_model is None else self.latency_model.version
 
     @classmethod
     def from_profile(cls, profile: pd.DataFrame, model: str, scenarios: Mapping[str, str] | None = None) -> Evidence:

@@ -21,6 +21,8 @@ from profiles.schemes import QuantScheme
 
 NUM_RANKS = 8
 """Configurations of a launch that are worth sampling: the fastest few for its schemes."""
+MOST_RANKS = NUM_RANKS + MAX_SCHEMES_PER_LAUNCH
+"""With the best of each scheme alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class Choice:
             ones are not limited.
         own_kernels: the inner problem counts each scheme's latency with its own best kernel, not with the launch's.
         error_weights: by name, a factor on some blocks' losses in the inner problem; absent ones are 1.
+        start: an assignment, indices of the problem's schemes, that is judged beside the inner problem's.
     """
 
     compiled: Mapping[str, tuple[QuantScheme, ...]]
@@ -44,6 +47,7 @@ class Choice:
     latency_caps_us: Mapping[str, float] = field(default_factory=dict)
     own_kernels: bool = False
     error_weights: Mapping[str, float] = field(default_factory=dict)
+    start: tuple[int, ...] | None = None
 
 
 class Menu:
@@ -88,14 +92,16 @@ class Menu:
     def ranked_configs(
         self, kind: LaunchKind, scenario: str, schemes: Sequence[QuantScheme]
     ) -> tuple[KernelConfig, ...]:
-        """The NUM_RANKS legal configurations with the least mean log latency of uniform launches, fastest first."""
+        """The NUM_RANKS legal configurations with the least mean log latency of uniform launches, fastest first; after
+        them those that are the best of one of the schemes alone.
+        """
         key = (kind.linear, scenario, frozenset(schemes))
         if key not in self._ranked:
             configs = self.legal_configs(kind, schemes)
             slots = sorted(key[2], key=lambda scheme: scheme.name)
             latency = self.pricer.uniforms_us(kind, scenario, slots, configs)
             order = np.argsort(np.log(latency).mean(axis=0), kind="stable")[:NUM_RANKS]
-            self._ranked[key] = tuple(configs[i] for i in order)
+            self._ranked[key] = tuple(configs[i] for i in dict.fromkeys([*order, *latency.argmin(axis=1)]))
         return self._ranked[key]
 
     def compatible(self, kind: LaunchKind, schemes: Sequence[QuantScheme]) -> tuple[QuantScheme, ...]:

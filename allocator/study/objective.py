@@ -8,11 +8,10 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
-import optuna
-from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial
 
-from allocator.study.evaluate import ERROR_WEIGHTS, Evaluator, Inner
-from allocator.study.menu import NUM_RANKS, Choice
+from allocator.study.evaluate import ERROR_WEIGHTS, Evaluator
+from allocator.study.menu import MOST_RANKS, Choice
 from allocator.study.sets import SetSolver
 from profiles.errors import SpecError
 from profiles.schemes import QuantScheme, parse
@@ -26,8 +25,10 @@ SOLVED = "solved"
 """A slot's value: as the solver has it."""
 LAUNCH, OWN = INNER_LATENCY = ("launch", "own")
 """Whose kernel the inner problem's latencies are of: the launch's, or each scheme's own best."""
-WARM_START = "warm_start"
-"""Attribute of a trial that was not sampled: where it is from."""
+CAPS, PRICES = LIMITS_BY = ("caps", "prices")
+"""What holds the inner problem within the budget's latency limits."""
+WARM_START, START = "warm_start", "start"
+"""Attributes of a trial that was not sampled: where it is from, and an assignment to be judged with it."""
 
 
 class Objective(Enum):
@@ -71,10 +72,11 @@ def sample(trial: BaseTrial, solver: SetSolver) -> Choice:
     weights = {
         name: trial.suggest_float(f"latency_weight.{name}", *LATENCY_WEIGHTS, log=True) for name in problem.scenarios
     }
-    caps = {
-        name: limit * trial.suggest_float(_cap_name(name), *CAP_FACTORS, log=True)
-        for name, limit in problem.budget.max_latency_us.items()
+    capped = bool(problem.budget.max_latency_us) and trial.suggest_categorical("limits_by", LIMITS_BY) == CAPS
+    factors = {
+        name: trial.suggest_float(_cap_name(name), *CAP_FACTORS, log=True) for name in problem.budget.max_latency_us
     }
+    caps = {name: problem.budget.max_latency_us[name] * factor for name, factor in factors.items()} if capped else {}
     own_kernels = trial.suggest_categorical("inner_latency", INNER_LATENCY) == OWN
     compiled, configs = {}, {}
     for kind in problem.kinds:
@@ -82,9 +84,10 @@ def sample(trial: BaseTrial, solver: SetSolver) -> Choice:
         slots = [trial.suggest_categorical(name, names) for name in _slot_names(evaluator, kind.linear)]
         compiled[kind.linear] = menu.compatible(kind, _schemes(slots, solver, kind.linear, weights, caps))
         for scenario in problem.scenarios:
-            rank = trial.suggest_int(_rank_name(kind.linear, scenario), 0, NUM_RANKS)
+            rank = trial.suggest_int(_rank_name(kind.linear, scenario), 0, MOST_RANKS)
             if rank > 0:
                 configs[kind.linear, scenario] = menu.config(kind, scenario, compiled[kind.linear], rank - 1)
+    start = trial.user_attrs.get(START)
     errors = {}
     if (
         problem.is_corrected
@@ -98,6 +101,7 @@ def sample(trial: BaseTrial, solver: SetSolver) -> Choice:
             latency_caps_us=caps,
             own_kernels=own_kernels,
             error_weights=errors,
+            start=None if start is None else tuple(start),
         )
     )
 
@@ -122,6 +126,8 @@ def params_of(choice: Choice, solver: SetSolver) -> dict[str, Any]:
     params: dict[str, Any] = {f"latency_weight.{name}": weight for name, weight in choice.latency_weights.items()}
     for name, limit in evaluator.problem.budget.max_latency_us.items():
         params[_cap_name(name)] = float(np.clip(choice.latency_caps_us.get(name, limit) / limit, *CAP_FACTORS))
+    if evaluator.problem.budget.max_latency_us:
+        params["limits_by"] = CAPS if choice.latency_caps_us else PRICES
     params["inner_latency"] = OWN if choice.own_kernels else LAUNCH
     for kind in evaluator.problem.kinds:
         held = choice.compiled[kind.linear]
@@ -148,65 +154,6 @@ def _cap_name(scenario: str) -> str:
 
 def _rank_name(linear: str, scenario: str) -> str:
     return f"{linear}.{scenario}.kernel"
-
-
-def run_trial(trial: Trial, solver: SetSolver, goal: Goal) -> tuple[float, ...]:
-    """Optuna's objective function."""
-    evaluator = solver.evaluator
-    choice, inner = evaluator.solve_within_limits(sample(trial, solver))
-    _record(trial, evaluator, choice, inner)
-    latency: dict[str, float] = {}
-    for step, scenario in enumerate(evaluator.problem.scenarios):
-        _prune(trial, evaluator, goal, inner, latency, step)
-        latency[scenario] = evaluator.launches_us(choice, inner.assignment, scenario)
-        trial.set_user_attr(f"latency_us[{scenario}]", latency[scenario])
-        limit = evaluator.problem.budget.max_latency_us.get(scenario)
-        if limit is not None:
-            trial.set_constraint(f"max_latency_us[{scenario}]", latency[scenario] - limit)
-    relative = evaluator.relative_latency(latency)
-    trial.set_user_attr("relative_latency", relative)
-    return goal.values(inner.loss, relative)
-
-
-def _record(trial: Trial, evaluator: Evaluator, choice: Choice, inner: Inner) -> None:
-    trial.set_constraint("avg_bits", inner.excess_bits)
-    attributes = {
-        "avg_bits": inner.avg_bits,
-        "loss": inner.loss,
-        "inner_objective": inner.objective,
-        "bound": inner.bound,
-        "gap": inner.gap,
-        "schemes": {linear: [scheme.name for scheme in held] for linear, held in choice.compiled.items()},
-        "kernels": {f"{linear}, {scenario}": config.name for (linear, scenario), config in choice.configs.items()},
-    }
-    for name, value in attributes.items():
-        trial.set_user_attr(name, value)
-
-
-def _prune(trial: Trial, evaluator: Evaluator, goal: Goal, inner: Inner, latency: dict[str, float], step: int) -> None:
-    """Report what the value is at least, scenarios not yet priced at nothing; stop if that decides."""
-    if goal.objective is Objective.BOTH:
-        return  # Optuna has no intermediate values of several objectives
-    known = sum(us / evaluator.fastest_uniform_us[name] for name, us in latency.items())
-    least = goal.values(inner.loss, known / len(evaluator.problem.scenarios))[0]
-    trial.report(least, step)
-    if trial.should_prune():
-        raise optuna.TrialPruned
-
-
-class BoundPruner(optuna.pruners.BasePruner):
-    """Stops a trial whose reported value is a lower bound that reaches the best feasible trial's value: such a trial
-    cannot win.
-    """
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether the bound decides."""
-        step = trial.last_step
-        if step is None:
-            return False
-        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        best = min((other.value for other in done if is_feasible(other) and other.value is not None), default=np.inf)
-        return bool(trial.intermediate_values[step] >= best)
 
 
 def is_feasible(trial: FrozenTrial) -> bool:

@@ -12,7 +12,6 @@ from allocator.budget import Budget
 from allocator.problem import Floats, Ints
 from allocator.sensitivity import SHARED_EXPERT, Sensitivity
 from allocator.study.evidence import Evidence
-from costmodel.analytic import model_version
 from profiles.errors import DataError, SpecError
 from profiles.kernels import GemmShape
 from profiles.loads import TokenLoad
@@ -98,7 +97,12 @@ class Problem:
         known = sorted((str(key), us) for key, us in self.evidence.latency_us.items())
         names = [scheme.name for scheme in self.schemes]
         loads = [(name, load.tokens_per_expert) for name, load in self.evidence.loads.items()]
-        budget = (model_version(), self.avg_bits, sorted(self.budget.max_latency_us.items()), self.is_corrected)
+        budget = (
+            self.evidence.model_version,
+            self.avg_bits,
+            sorted(self.budget.max_latency_us.items()),
+            self.is_corrected,
+        )
         text.update(repr((self.model, self.evidence.gpu.name, names, loads, known, budget)).encode())
         return text.hexdigest()[:12]
 

@@ -16,25 +16,28 @@ from allocator.allocation import Allocation, Granularity, LaunchKernel, Uniform
 from allocator.arrays import solve_arrays
 from allocator.problem import Ints
 from allocator.study import warm
+from allocator.study.assigned import assigned
 from allocator.study.evaluate import Evaluator
 from allocator.study.menu import Choice
 from allocator.study.objective import (
+    START,
     WARM_START,
-    BoundPruner,
     Goal,
     Objective,
     is_feasible,
     params_of,
-    run_trial,
     sample,
 )
 from allocator.study.problem import Problem
 from allocator.study.sets import SetSolver
+from allocator.study.trial import BoundPruner, run_trial
 from profiles.errors import SpecError
 
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 WARM_STARTS = "warm_starts"
 """Attribute of a study: the names of its first trials."""
+MOST_PRICES = 200
+"""Prices of latency that the sequential pipeline is solved for at first: as many as the study has trials, or these."""
 LOCAL_SHARE = 0.9
 MOST_FREE = 3
 """Sampled trials that keep one of the best trials' parameters but for 1 to MOST_FREE of them."""
@@ -97,7 +100,7 @@ def run(
     """
     study = open_study(evaluator.problem, settings.goal, storage)
     solver = SetSolver(evaluator)
-    _enqueue(study, solver, settings.goal)
+    _enqueue(study, solver, settings)
     while (done := num_done(study)) < settings.num_trials:
         running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         with warnings.catch_warnings():
@@ -129,16 +132,17 @@ def _sampler(study: optuna.Study, rng: np.random.Generator) -> optuna.samplers.B
     return optuna.samplers.PartialFixedSampler({k: v for k, v in params.items() if k not in free}, tpe)
 
 
-def _enqueue(study: optuna.Study, solver: SetSolver, goal: Goal) -> None:
+def _enqueue(study: optuna.Study, solver: SetSolver, settings: Settings) -> None:
     """Queue the first trials that are not there, or that failed before they were finished."""
     names = study.user_attrs.get(WARM_STARTS)
     if names is not None and set(names) <= _started(study):
         return
-    choices = warm.choices(solver, goal.loss_weight if goal.objective is Objective.PRODUCT else None)
+    choices = warm.choices(solver, settings.goal, min(settings.num_trials, MOST_PRICES))
     study.set_user_attr(WARM_STARTS, list(choices))
     for name, choice in choices.items():
         if name not in _started(study):  # asked each time: another worker may be queueing them too
-            study.enqueue_trial(params_of(choice, solver), user_attrs={WARM_START: name})
+            start = {} if choice.start is None else {START: list(choice.start)}
+            study.enqueue_trial(params_of(choice, solver), user_attrs={WARM_START: name} | start)
 
 
 def _started(study: optuna.Study) -> set[object]:
@@ -162,7 +166,10 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def choice_of(trial: FrozenTrial, evaluator: Evaluator) -> Choice:
     """What a trial sampled."""
-    return sample(FixedTrial(trial.params), SetSolver(evaluator))
+    fixed = FixedTrial(trial.params)
+    if START in trial.user_attrs:
+        fixed.set_user_attr(START, trial.user_attrs[START])
+    return sample(fixed, SetSolver(evaluator))
 
 
 def allocation_of(trial: FrozenTrial, evaluator: Evaluator, goal: Goal) -> Allocation:
@@ -173,15 +180,12 @@ def allocation_of(trial: FrozenTrial, evaluator: Evaluator, goal: Goal) -> Alloc
     it is taken instead of the trial's.
     """
     problem = evaluator.problem
-    choice, inner = evaluator.solve_within_limits(choice_of(trial, evaluator))
-    latency, columns = evaluator.additive_us(choice)
+    choice, inner = assigned(evaluator, choice_of(trial, evaluator), goal)
+    loss, bits, latency, columns = evaluator.arrays(choice)
     scale = np.array([evaluator.fastest_uniform_us[name] for name in problem.scenarios]) * len(problem.scenarios)
     relative = (latency / scale).sum(axis=2)
     rows = np.arange(len(problem.ids))
     slot = (columns == inner.assignment[:, None]).argmax(axis=1)
-    loss, bits = problem.loss[rows[:, None], columns], problem.bits[rows[:, None], columns]
-    for kind in problem.kinds:
-        loss[kind.rows.ravel(), len(choice.compiled[kind.linear]) :] = np.inf
     solution = solve_arrays(
         loss,
         bits,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ import numpy as np
 from allocator.arrays import InfeasibleError, solve_arrays
 from allocator.problem import Floats, Ints
 from allocator.solver import Effort
-from allocator.study.evaluate import Evaluator
+from allocator.study.evaluate import CAPPED_EFFORT, INNER_EFFORT, Evaluator
 from profiles.kernels import KernelConfig
 from profiles.schemes import QuantScheme
 
@@ -85,25 +85,49 @@ class SetSolver:
             effort=SETS_EFFORT,
         ).assignment
 
+    def within(self, limits_us: Mapping[str, float]) -> Ints:
+        """Least loss within the bits and the limits on shares of latency, all launches of a linear holding the same few
+        schemes. InfeasibleError: nothing holds them.
+        """
+        evaluator, problem = self.evaluator, self.evaluator.problem
+        names = [name for name in problem.scenarios if name in limits_us]
+        return solve_arrays(
+            self.table.loss,
+            problem.bits,
+            avg_bits=problem.bits_limit,
+            latency_us=self._units(names),
+            max_latency_us=[limits_us[name] / evaluator.fastest_uniform_us[name] for name in names],
+            sizes=problem.sizes,
+            launches=self.launch_labels,
+            max_schemes=evaluator.menu.max_schemes,
+            scenarios=names,
+            effort=INNER_EFFORT,
+        ).assignment
+
+    def _units(self, names: Sequence[str]) -> Floats:
+        """[B, S, names]: shares of latency, in units of the fastest uniform launches."""
+        problem = self.evaluator.problem
+        columns = [problem.scenarios.index(name) for name in names]
+        return np.asarray(self.table.relative_latency[:, :, columns] * len(problem.scenarios))
+
     def prices(self, caps_us: Mapping[str, float]) -> dict[str, float]:
         """What latency weighs at the least loss within the bits and the caps on shares of latency, were all schemes
         compiled; 0 in a scenario without a cap. InfeasibleError: nothing holds them.
         """
         evaluator, problem = self.evaluator, self.evaluator.problem
         names = [name for name in problem.scenarios if name in caps_us]
-        columns = [problem.scenarios.index(name) for name in names]
-        units = [evaluator.fastest_uniform_us[name] * len(problem.scenarios) for name in names]
         found = solve_arrays(
             self.table.loss / evaluator.reference_loss,
             problem.bits,
             avg_bits=problem.bits_limit,
-            latency_us=self.table.relative_latency[:, :, columns],
-            max_latency_us=[caps_us[name] / unit for name, unit in zip(names, units, strict=True)],
+            latency_us=self._units(names),
+            max_latency_us=[caps_us[name] / evaluator.fastest_uniform_us[name] for name in names],
             sizes=problem.sizes,
             scenarios=names,
-            effort=SETS_EFFORT,
+            effort=CAPPED_EFFORT,
         )
-        priced = {name: float(np.max(found.prices[f"max_latency_us[{name}]"])) for name in names}
+        scale = len(problem.scenarios)  # prices are of units, weights of their mean over scenarios
+        priced = {name: float(np.max(found.prices[f"max_latency_us[{name}]"])) * scale for name in names}
         return dict.fromkeys(problem.scenarios, 0.0) | priced
 
     def compiled(self, assignment: Ints) -> Sets:

@@ -56,6 +56,8 @@ def _database(url: str) -> RDBStorage:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername=_POSTGRES_DRIVER)
     name = parsed.render_as_string(hide_password=True)
+    if parsed.drivername.startswith("sqlite") and parsed.database in (None, "", ":memory:"):
+        raise SpecError(f"--storage {name}: trials in memory are lost; name a file, sqlite:///FILE")
     try:
         storage = _tables(parsed.render_as_string(hide_password=False))
     except (ImportError, NoSuchModuleError) as error:

@@ -1,19 +1,21 @@
-"""First trials: the uniform schemes that the budget admits, and the Lagrangian breakpoints of the additive problem, in
-which every scheme has its own best kernel.
+"""First trials: the sequential pipeline's answers, uniform schemes that the budget admits, and Lagrangian breakpoints
+of the additive problem, in which every scheme has its own best kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from allocator.arrays import InfeasibleError, solve_arrays
 from allocator.front import pareto_front, solve_product
+from allocator.study import sequential
 from allocator.study.evaluate import INNER_EFFORT
 from allocator.study.menu import Choice
-from allocator.study.objective import LATENCY_WEIGHTS
+from allocator.study.objective import LATENCY_WEIGHTS, Goal, Objective
 from allocator.study.sets import Sets, SetSolver
 
 MOST_UNIFORM = 4
@@ -21,23 +23,46 @@ LOSS_WEIGHTS = (0.9, 0.75, 0.5, 0.25)
 FRONT_POINTS = 4
 AROUND = (1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 0.7, 0.5)
 CAPS = (0.9, 0.75, 0.6)
+SEQUENTIAL = "sequential pipeline"
 
 
-def choices(solver: SetSolver, loss_weight: float | None = None) -> dict[str, Choice]:
-    """The first trials by name, without repetition of scheme sets at equal weights; kernels are left to be priced.
+def choices(solver: SetSolver, goal: Goal, num_prices: int) -> dict[str, Choice]:
+    """The first trials by name, without repetition; kernels are left to be priced, but for those of the sequential
+    pipeline's own answers: a study is never worse than these.
 
-    loss_weight: the goal's, where it is a product: prices of latency around the one of its own corner come first.
+    num_prices: of latency, for which the sequential pipeline is solved; its best is one trial.
     """
-    around = {} if loss_weight is None or not 0 < loss_weight < 1 else near_corner(solver, loss_weight)
-    found = at_limits(solver) | around | breakpoints(solver) | uniforms(solver)
+    r = goal.loss_weight
+    around = near_corner(solver, r) if goal.objective is Objective.PRODUCT and 0 < r < 1 else {}
+    found = in_sequence(solver, goal, num_prices) | at_limits(solver) | around | breakpoints(solver) | uniforms(solver)
     seen: set[str] = set()
     kept = {}
     for name, choice in found.items():
-        text = repr((choice.compiled, choice.latency_weights, choice.latency_caps_us, choice.own_kernels))
+        text = repr((choice.compiled, choice.latency_weights, choice.latency_caps_us, choice.own_kernels, choice.start))
         if text not in seen:
             kept[name] = choice
         seen.add(text)
     return kept
+
+
+def in_sequence(solver: SetSolver, goal: Goal, num_prices: int) -> dict[str, Choice]:
+    """What the sequential pipeline ends at, once and with a price of latency a solve; with its own assignments."""
+    found = {}
+    prices = sequential.prices_of(solver.evaluator, goal, num_prices)
+    makers = {
+        SEQUENTIAL: partial(sequential.one_pass, solver, goal),
+        f"{SEQUENTIAL}, {num_prices} prices of latency": partial(sequential.swept, solver, goal, prices),
+    }
+    for name, make in makers.items():
+        try:
+            judged = make()
+        except InfeasibleError:
+            continue
+        if judged is not None:
+            weights = {name: _clipped(weight) for name, weight in judged.choice.latency_weights.items()}
+            start = tuple(judged.assignment.tolist())
+            found[name] = replace(judged.choice, latency_weights=weights, start=start)
+    return found
 
 
 def at_limits(solver: SetSolver) -> dict[str, Choice]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.layer.allocations import Allocation, Schemes
 from bench.peers.routing import SIGMA
 from profiles.models import MoeShape, model
 
@@ -49,7 +51,15 @@ class Cell:
 
     def counts(self) -> tuple[int, ...]:
         """Rows of each expert."""
-        return tuple(self._ids()[0].flatten().bincount(minlength=self.shape.num_experts).tolist())
+        return _counts(self)
+
+    def popularity(self) -> tuple[float, ...]:
+        """How often the router takes each expert, as a log-probability; the same for every number of tokens."""
+        return tuple(self._popularity()[0].tolist())
+
+    def schemes(self, allocation: Allocation) -> Schemes:
+        """Each linear's experts' schemes."""
+        return _schemes(allocation, self.shape, self.popularity())
 
     def given(self, device: str) -> Given:
         """Skewed routing: expert popularity SIGMA * standard normal, as the peers' loads have it, each token's choices
@@ -63,8 +73,22 @@ class Cell:
         )
 
     def _ids(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        popularity = SIGMA * torch.randn(self.shape.num_experts, generator=generator)
+        popularity, generator = self._popularity()
         noise = torch.empty(self.tokens, self.shape.num_experts).exponential_(generator=generator)
         chosen, ids = (popularity - noise.log()).topk(self.shape.top_k)  # Gumbel noise: draws from the softmax
         return ids, chosen
+
+    def _popularity(self) -> tuple[Tensor, torch.Generator]:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return SIGMA * torch.randn(self.shape.num_experts, generator=generator), generator
+
+
+@functools.cache
+def _counts(cell: Cell) -> tuple[int, ...]:
+    ids, _ = cell._ids()
+    return tuple(ids.flatten().bincount(minlength=cell.shape.num_experts).tolist())
+
+
+@functools.cache
+def _schemes(allocation: Allocation, shape: MoeShape, popularity: tuple[float, ...]) -> Schemes:
+    return allocation.schemes(shape, popularity)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from bench.kernel_sets import progress
+from bench.layer.building import Plan, build_steps, load_steps, specs_needed, steps_needed
 from bench.layer.measuring import FAILURES, Device
 from bench.layer.tuning import TunedLibrary
-from kernel_gen.kernels import KernelSpec
 from kernel_gen.library import library_of
 from kernel_gen.timing import GpuClock
 from profiles.errors import SpecError
@@ -23,9 +23,8 @@ def this_gpu() -> GpuSpec:
     return library_of(torch.cuda.current_device()).gpu
 
 
-def open_device(specs: Sequence[KernelSpec], folder: Path) -> Device:
-    """Compiles the kernels into a bundle in `folder`."""
-    gpu = this_gpu()
+def open_device(plan: Plan, folder: Path) -> Device:
+    """The plan's GPU, with its kernels linked in `folder`: what the cache lacks is compiled."""
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     failures = FAILURES
     try:
@@ -35,11 +34,12 @@ def open_device(specs: Sequence[KernelSpec], folder: Path) -> Device:
     else:
         versions["triton"] = triton.__version__
         failures += (triton.TritonError,)
-    library = TunedLibrary.build(specs, gpu, folder)
+    kernels = TunedLibrary.build(specs_needed(plan), plan.gpu, folder, track=progress)
+    kernels.add_steps(load_steps(build_steps(steps_needed(plan)), folder))
     return Device(
-        gpu=gpu,
+        gpu=plan.gpu,
         clock=GpuClock(),
-        kernels=library,
+        kernels=kernels,
         l2_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
         versions=versions,
         failures=failures,

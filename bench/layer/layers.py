@@ -14,6 +14,7 @@ from kernel_gen.layer.fused import MAX_RANKED_IDS, FusedSteps
 from kernel_gen.layer.routing import Routing
 from kernel_gen.library import KernelLibrary
 from kernel_gen.runtime import Activations
+from profiles.models import Linear
 
 Gemm = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [M, K], weights [E, N, K], offsets [E + 1]) to [M, N]; bf16."""
@@ -22,12 +23,19 @@ Gemm = Callable[[Tensor, Tensor, Tensor], Tensor]
 class SteppedLayer:
     """Our fused steps around any two GEMMs. gate_up interleaved: the first GEMM gives the product already."""
 
+    PARTS = ("gather", "gemm 1", "swiglu", "gemm 2", "combine")
+
     def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool) -> None:
         self.gate_up, self.down, self.overlap = gate_up, down, overlap
         self.steps = FusedSteps(gate_up, down, library, overlap=overlap)
 
+    @property
+    def first_columns(self) -> int:
+        """Of what the first GEMM gives."""
+        return self.gate_up.n // 2 if self.gate_up.is_interleaved else self.gate_up.n
+
     def first(self, x: Activations, routing: Routing) -> Tensor:
-        """[rows, 2 * I]."""
+        """[rows, 2 * I], or the product [rows, I]."""
         raise NotImplementedError
 
     def second(self, x: Activations, routing: Routing) -> Tensor:
@@ -66,20 +74,18 @@ class SteppedLayer:
             routing, product = up_to_swiglu()
             return self.second(product, routing)
 
-        parts: dict[str, Callable[[], object]] = {}
-        if ids.numel() > MAX_RANKED_IDS:
-            parts["route"] = lambda: self.steps.route(ids)
-        parts["gather"] = lambda: self.dispatch(hidden, ids)
-        return parts | {
-            "gemm 1": up_to_first,
-            "swiglu": up_to_swiglu,
-            "gemm 2": up_to_second,
-            "combine": lambda: self(hidden, ids, weights),
-        }
+        parts: tuple[Callable[[], object], ...] = (
+            lambda: self.dispatch(hidden, ids),
+            up_to_first,
+            up_to_swiglu,
+            up_to_second,
+            lambda: self(hidden, ids, weights),
+        )
+        return dict(zip(self.PARTS, parts, strict=True))
 
 
 class OneLaunch(SteppedLayer):
-    """MoELayer with all fusions, part by part."""
+    """MoELayer with all its steps fused, part by part; with SwiGLU in the epilogue where gate_up is interleaved."""
 
     def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool) -> None:
         super().__init__(gate_up, down, library, overlap=overlap)
@@ -102,24 +108,30 @@ class LaunchPerScheme(SteppedLayer):
     """
 
     def __init__(
-        self, gate_up: Experts, down: Experts, library: KernelLibrary, streams: Sequence[torch.cuda.Stream] = ()
+        self,
+        gate_up: Experts,
+        down: Experts,
+        library: KernelLibrary,
+        streams: Sequence[torch.cuda.Stream] = (),
+        *,
+        overlap: bool,
     ) -> None:
-        super().__init__(gate_up, down, library, overlap=not streams)
+        super().__init__(gate_up, down, library, overlap=overlap and not streams)
         self._library, self._streams = library, tuple(streams)
         self.shares = {
             linear: [SchemeShare(whole, index) for index in range(len(whole.stacks))]
-            for linear, whole in (("first", gate_up), ("second", down))
+            for linear, whole in ((Linear.GATE_UP, gate_up), (Linear.DOWN, down))
         }
 
     def first(self, x: Activations, routing: Routing) -> Tensor:
         """A launch a scheme."""
-        return self._all("first", x, routing)
+        return self._all(Linear.GATE_UP, x, routing)
 
     def second(self, x: Activations, routing: Routing) -> Tensor:
         """A launch a scheme."""
-        return self._all("second", x, routing)
+        return self._all(Linear.DOWN, x, routing)
 
-    def _all(self, linear: str, x: Activations, routing: Routing) -> Tensor:
+    def _all(self, linear: Linear, x: Activations, routing: Routing) -> Tensor:
         shares = self.shares[linear]
         swiglu = shares[0].is_interleaved
         columns = shares[0].n // 2 if swiglu else shares[0].n
@@ -145,8 +157,10 @@ class DenseLayer(SteppedLayer):
         library: KernelLibrary,
         dense: tuple[Tensor, Tensor],
         gemms: Sequence[Gemm],
+        *,
+        overlap: bool,
     ) -> None:
-        super().__init__(*experts, library, overlap=True)
+        super().__init__(*experts, library, overlap=overlap)
         self._dense, self._gemms = dense, tuple(gemms)
 
     def first(self, x: Activations, routing: Routing) -> Tensor:

@@ -19,22 +19,24 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bench.layer.allocations import BF16, Allocation
+from bench.layer.building import Plan
 from bench.layer.cells import COLUMNS, Cell
-from bench.layer.contenders import Context, Entry, Variant, configs_of, launches_of, others, ours
-from bench.layer.tuning import TunedLibrary, spec_of
+from bench.layer.contenders import Context, Entry, Maker
+from bench.layer.others import OtherLayers
+from bench.layer.ours import OurLayers
+from bench.layer.tuning import TunedLibrary
 from bench.layer.weights import LayerWeights
-from kernel_gen.kernels import KernelSpec
 from kernel_gen.measure import LaunchError
-from kernel_gen.timing import GpuClock, SampleRule, Timing, utc_now
+from kernel_gen.timing import GpuClock, SampleRule, Timing, monotonic_s, utc_now
 from profiles.atomic import replacing
 from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec
 
-RULE = SampleRule(min_samples=10, max_samples=10)
+RULE = SampleRule(min_samples=5, max_samples=10, batch=5)
 LARGEST_DIFFERENCE = 0.03
 """Relative, in the Frobenius norm: what the linears pass on is bf16, and 8-bit codes next to a boundary differ."""
 NUM_STREAMS = 4
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,30 +51,22 @@ class Device:
     failures: tuple[type[Exception], ...]
 
 
-def specs_needed(
-    cells: Sequence[Cell], allocations: Sequence[Allocation], gpu: GpuSpec, num_configs: int
-) -> list[KernelSpec]:
-    """Every GEMM kernel that the cells may run."""
-    found: dict[KernelSpec, None] = {}
-    for cell in cells:
-        counts = cell.counts()
-        for allocation in dict.fromkeys((BF16, *allocations)):
-            for linear, schemes, tokens in launches_of(allocation, cell, counts):
-                for config in configs_of(schemes, cell, linear, tokens, gpu, num_configs):
-                    found[spec_of(config, schemes, gpu, cell.shape.num_experts, linear)] = None
-    return list(found)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A cell's rows, and the seconds that making its contenders and timing them took."""
+
+    cell: Cell
+    rows: list[dict[str, Any]]
+    preparing_s: float
+    timing_s: float
+
+    @property
+    def context_lost(self) -> bool:
+        """Whether the process can run nothing more."""
+        return any(row["context_lost"] for row in self.rows)
 
 
-def measure(
-    cells: Sequence[Cell],
-    allocations: Sequence[Allocation],
-    device: Device,
-    path: Path,
-    *,
-    rounds: int,
-    num_configs: int,
-    compiled: bool,
-) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
+def measure(plan: Plan, device: Device, path: Path, *, rounds: int, compiled: bool) -> Iterator[Measured]:
     """Measures the cells that the Parquet file lacks; a cell's rows are in the file when they are given.
 
     Ends after a cell that lost the CUDA context: a second run goes on with the next. DataError: another kind of file.
@@ -80,58 +74,52 @@ def measure(
     rows: list[dict[str, Any]] = read_measured(path).to_dict("records") if path.exists() else []  # type: ignore[assignment]
     done = {tuple(row[name] for name in COLUMNS) for row in rows}
     weights: dict[str, LayerWeights] = {}
-    for cell in cells:
+    for cell in plan.cells:
         if cell.key in done:
             continue
-        of_model = weights.setdefault(cell.model, LayerWeights(cell.shape, "cuda"))
-        found = measure_cell(
-            cell, allocations, device, of_model, rounds=rounds, num_configs=num_configs, compiled=compiled
-        )
+        of_model = weights.setdefault(cell.model, LayerWeights(cell.shape, DEVICE))
+        found = measure_cell(cell, plan, device, of_model, rounds=rounds, compiled=compiled)
         _release()
-        rows += found
+        rows += found.rows
         with replacing(path) as temporary:
             pd.DataFrame(rows).to_parquet(temporary, index=False)
-        yield cell, found
-        if any(row["context_lost"] for row in found):
+        yield found
+        if found.context_lost:
             return
 
 
 def measure_cell(
-    cell: Cell,
-    allocations: Sequence[Allocation],
-    device: Device,
-    weights: LayerWeights,
-    *,
-    rounds: int,
-    num_configs: int,
-    compiled: bool,
-) -> list[dict[str, Any]]:
+    cell: Cell, plan: Plan, device: Device, weights: LayerWeights, *, rounds: int, compiled: bool
+) -> Measured:
     """A row an entry."""
+    started = monotonic_s()
     context = Context(
         cell=cell,
-        given=cell.given("cuda"),
+        plan=plan,
+        given=cell.given(DEVICE),
         weights=weights,
         kernels=device.kernels,
         l2_bytes=device.l2_bytes,
-        num_configs=num_configs,
-        time_launches=device.clock.time_launches,
+        time_single=device.clock.time_single,
         streams=_streams(),
         compiled=compiled,
     )
     rows: list[dict[str, Any]] = []
     ready: list[Entry] = []
-    for name, make in _makers(context, allocations):
+    for maker in _makers(context):
         try:
-            for entry in make():
-                if problem := _check(entry):
-                    rows.append(_failure(cell, entry.allocation, entry.variant.value, problem, device))
-                else:
-                    ready.append(entry)
+            entry = maker.make()
+            if problem := _check(entry):
+                rows.append(_failure(cell, maker, problem, device))
+            else:
+                ready.append(entry)
         except device.failures as error:
-            rows.append(_failure(cell, *name, error, device))
+            rows.append(_failure(cell, maker, error, device))
             if rows[-1]["context_lost"]:
-                return rows
-    return rows + _timed(cell, ready, device, rounds)
+                return Measured(cell=cell, rows=rows, preparing_s=monotonic_s() - started, timing_s=0.0)
+    prepared = monotonic_s()
+    rows += _timed(cell, ready, device, rounds)
+    return Measured(cell=cell, rows=rows, preparing_s=prepared - started, timing_s=monotonic_s() - prepared)
 
 
 def _streams() -> tuple[torch.cuda.Stream, ...]:
@@ -139,13 +127,10 @@ def _streams() -> tuple[torch.cuda.Stream, ...]:
     return tuple(make() for _ in range(NUM_STREAMS))
 
 
-def _makers(
-    context: Context, allocations: Sequence[Allocation]
-) -> Iterator[tuple[tuple[str, str], Callable[[], Iterator[Entry]]]]:
-    for allocation in dict.fromkeys((BF16, *allocations)):
-        yield (allocation.name, Variant.OURS.value), lambda allocation=allocation: ours(allocation, context)  # type: ignore[misc]
-    for make in others(context):
-        yield (BF16.name, make.__name__), lambda make=make: iter([make()])  # type: ignore[misc]
+def _makers(context: Context) -> Iterator[Maker]:
+    for allocation in context.plan.of(context.cell):
+        yield from OurLayers(allocation, context).makers()
+    yield from OtherLayers(context).makers()
 
 
 def _check(entry: Entry) -> str | None:
@@ -171,7 +156,7 @@ def _timed(cell: Cell, ready: Sequence[Entry], device: Device, rounds: int) -> l
             try:
                 timings[index].append(device.clock.time_launches(entry.layers, RULE))  # type: ignore[arg-type]
             except device.failures as error:
-                failed[index] = _failure(cell, entry.allocation, entry.variant.value, error, device)
+                failed[index] = _failure(cell, entry, error, device)
                 if failed[index]["context_lost"]:
                     return list(failed.values())
     done = [_row(cell, ready[index], timings[index], device) for index in timings if index not in failed]
@@ -181,9 +166,8 @@ def _timed(cell: Cell, ready: Sequence[Entry], device: Device, rounds: int) -> l
 def _row(cell: Cell, entry: Entry, timings: Sequence[Timing], device: Device) -> dict[str, Any]:
     medians = sorted(timing.median_us for timing in timings)
     return {
-        **_base(cell, entry.allocation, entry.variant.value, device),
+        **_base(cell, entry, device),
         "group": entry.group.value,
-        "part": entry.part,
         "configs": entry.configs,
         "avg_bits": entry.avg_bits,
         "status": "ok",
@@ -198,11 +182,11 @@ def _row(cell: Cell, entry: Entry, timings: Sequence[Timing], device: Device) ->
     }
 
 
-def _failure(cell: Cell, allocation: str, variant: str, error: Exception | str, device: Device) -> dict[str, Any]:
+def _failure(cell: Cell, of: Entry | Maker, error: Exception | str, device: Device) -> dict[str, Any]:
     first = (str(error).strip().splitlines() or [""])[0]
     return {
-        **_base(cell, allocation, variant, device),
-        **dict.fromkeys(("group", "part", "configs"), ""),
+        **_base(cell, of, device),
+        **dict.fromkeys(("group", "configs"), ""),
         "avg_bits": math.nan,
         "status": "wrong" if isinstance(error, str) else "failed",
         "error": first if isinstance(error, str) else f"{type(error).__name__}: {first}",
@@ -212,11 +196,13 @@ def _failure(cell: Cell, allocation: str, variant: str, error: Exception | str, 
     }
 
 
-def _base(cell: Cell, allocation: str, variant: str, device: Device) -> dict[str, Any]:
+def _base(cell: Cell, of: Entry | Maker, device: Device) -> dict[str, Any]:
     return {
         **dict(zip(COLUMNS, cell.key, strict=True)),
-        "allocation": allocation,
-        "variant": variant,
+        "allocation": of.allocation,
+        "variant": of.variant.value,
+        "part": of.part,
+        "fusions": of.fusions,
         "gpu": device.gpu.name,
         "versions": json.dumps(dict(device.versions), sort_keys=True),
         "timestamp": utc_now().isoformat(),
@@ -235,7 +221,11 @@ def read_measured(path: Path) -> pd.DataFrame:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable file of measured layers ({error}); remove it") from error
-    missing = [name for name in (*COLUMNS, "allocation", "variant", "part", "latency_us") if name not in frame.columns]
+    missing = [
+        name
+        for name in (*COLUMNS, "allocation", "variant", "part", "fusions", "latency_us")
+        if name not in frame.columns
+    ]
     if missing:
         raise DataError(f"{path}: not a file of measured layers, it lacks {', '.join(missing)}; remove it")
     return frame

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import pandas as pd
 
-from bench.layer.allocations import ALLOCATIONS, BF16, MIX_BITS, Group
-from bench.layer.contenders import Variant
+from bench.layer.allocations import ALLOCATIONS, BF16, DECODE_TOKENS, MIX_BITS, MIXED, Group
+from bench.layer.contenders import FUSIONS, Variant
+from kernel_gen.moe import Fusion
 
-DECODE_TOKENS = 64
-"""Up to here a load counts as decode."""
 DECODE_BAR, PREFILL_BAR = 3.4, 1.7
+CELL = ["model", "tokens", "seed"]
+BASE = "four"
+"""What other choices of fusions are compared with."""
+
+
+def main_fusions(rows: pd.DataFrame) -> str:
+    """MoELayer's default, where it was timed; else the one that was timed first."""
+    timed = [name for name in rows["fusions"].unique() if name]
+    default = next(name for name, value in FUSIONS.items() if value == Fusion.MEASURED_FASTER)
+    return default if default in timed or not timed else timed[0]
 
 
 def whole_layers(rows: pd.DataFrame) -> pd.DataFrame:
-    """Layers that ran, each with `best_bf16_us`, the fastest bf16 layer of its cell, and `speedup` over it."""
+    """Layers that ran, ours with the main choice of fusions; each with `best_bf16_us`, the fastest bf16 layer of its
+    cell with any choice, and `speedup` over it.
+    """
     whole = rows[(rows["status"] == "ok") & (rows["part"] == "")].copy()
-    keys = ["model", "tokens", "seed"]
     bf16 = whole[whole["group"] == Group.BF16.value]
-    best = bf16.loc[bf16.groupby(keys)["latency_us"].idxmin(), [*keys, "latency_us", "variant"]]
+    best = bf16.loc[bf16.groupby(CELL)["latency_us"].idxmin(), [*CELL, "latency_us", "variant"]]
     best = best.rename(columns={"latency_us": "best_bf16_us", "variant": "best_bf16"})
-    whole = whole.merge(best, on=keys, validate="many_to_one")
+    whole = whole[whole["fusions"].isin(("", main_fusions(rows)))].merge(best, on=CELL, validate="many_to_one")
     whole["speedup"] = whole["best_bf16_us"] / whole["latency_us"]
     return whole
+
+
+def choices(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a layer of ours, a column a choice of fusions: how many times as fast as with BASE."""
+    ours = rows[(rows["status"] == "ok") & (rows["part"] == "") & (rows["variant"] == Variant.OURS.value)]
+    table = ours.pivot_table(index=[*CELL[:2], "allocation"], columns="fusions", values="latency_us", sort=False)
+    if BASE not in table:
+        return pd.DataFrame()
+    others = [name for name in FUSIONS if name in table and name != BASE]
+    return table[others].rdiv(table[BASE], axis=0).reset_index()
 
 
 def against_split(whole: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +63,7 @@ def parts(rows: pd.DataFrame) -> pd.DataFrame:
     for key, group in prefixes.groupby(keys, sort=False):
         times = group.sort_values("latency_us").set_index("part")["latency_us"]
         found.append(dict(zip(keys, key, strict=True)) | times.diff().fillna(times).to_dict() | {"layer": times.max()})
-    order = [*keys, "route", "gather", "gemm 1", "swiglu", "gemm 2", "combine", "layer"]
+    order = [*keys, "gather", "gemm 1", "swiglu", "gemm 2", "combine", "layer"]
     frame = pd.DataFrame(found)
     return frame[[name for name in order if name in frame.columns]]
 
@@ -51,8 +71,9 @@ def parts(rows: pd.DataFrame) -> pd.DataFrame:
 def fusions(rows: pd.DataFrame) -> pd.DataFrame:
     """How many times slower a layer is with one step left to torch's operators."""
     done = rows[rows["status"] == "ok"]
-    keys = ["model", "tokens", "seed", "allocation"]
-    ours = done[(done["part"] == "") & (done["variant"] == Variant.OURS.value)][[*keys, "latency_us"]]
+    keys = [*CELL, "allocation"]
+    ours = done[(done["part"] == "") & (done["variant"] == Variant.OURS.value)]
+    ours = ours[ours["fusions"] == main_fusions(rows)][[*keys, "latency_us"]]
     left = done[done["part"].str.startswith("without ")].merge(ours, on=keys, suffixes=("", "_all"))
     left["slowdown"] = left["latency_us"] / left["latency_us_all"]
     return left.pivot_table(index=["model", "tokens", "allocation"], columns="part", values="slowdown").reset_index()
@@ -61,12 +82,13 @@ def fusions(rows: pd.DataFrame) -> pd.DataFrame:
 def headline(whole: pd.DataFrame) -> list[str]:
     """The bars and what was reached."""
     ours = whole[(whole["variant"] == Variant.OURS.value) & (whole["group"] == Group.MIXED.value)]
-    decode, prefill = ours[ours["tokens"] <= DECODE_TOKENS], ours[ours["tokens"] > DECODE_TOKENS]
-    eight = prefill[prefill["allocation"].str.contains("w4a8")]
+    decode = ours[(ours["tokens"] <= DECODE_TOKENS) & (ours["avg_bits"] <= MIX_BITS)]
+    eight = [item.name for item in MIXED if item.has_8bit_tokens]
+    prefill = ours[(ours["tokens"] > DECODE_TOKENS) & ours["allocation"].isin(eight)]
     lines = []
     for name, frame, bar in (
         (f"a mix of at most {MIX_BITS} bits, up to {DECODE_TOKENS} tokens", decode, DECODE_BAR),
-        ("a mix with 8-bit tokens, more tokens", eight, PREFILL_BAR),
+        ("a mix with 8-bit tokens, more tokens", prefill, PREFILL_BAR),
     ):
         if frame.empty:
             continue
@@ -104,10 +126,9 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
         "",
         "## Against the fastest bf16 layer",
         "",
-        "Times in microseconds, then how many times as fast as the fastest bf16 layer (named) of that cell.",
+        "Microseconds at so many tokens, and how many times as fast as the fastest bf16 layer (named).",
         "",
-        _speedups(whole),
-        "",
+        *_speedups(whole),
         "## bf16 layers",
         "",
         _table(
@@ -116,6 +137,13 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
             .reset_index(),
             1,
         ),
+        "",
+        "## Choices of fusions",
+        "",
+        f"How many times as fast as with {BASE}: route, gather, swiglu and combine. epilogue adds SwiGLU in the first "
+        "GEMM, overlap programmatic dependent launches, all both.",
+        "",
+        *_choice_medians(choices(rows)),
         "",
         "## Mixes: one launch against a launch a scheme",
         "",
@@ -138,19 +166,44 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
     return "\n".join(text)
 
 
-def _speedups(whole: pd.DataFrame) -> str:
+def _choice_medians(table: pd.DataFrame) -> list[str]:
+    """By load and by form of tokens: the median, the least and the most."""
+    if table.empty:
+        return ["Nothing was measured."]
+    table = table.assign(
+        load=table["tokens"].map(lambda tokens: "decode" if tokens <= DECODE_TOKENS else "prefill"),
+        form=table["allocation"].map(lambda name: "8 bits" if "a8" in name else "bf16"),
+    )
+    names = [name for name in FUSIONS if name in table]
+    lines = [f"| load | tokens' form | layers | {' | '.join(names)} |", f"|{'---|' * (3 + len(names))}"]
+    for (load, form), found in table.groupby(["load", "form"]):
+        texts = [f"{each.median():.3f} ({each.min():.2f} to {each.max():.2f})" for each in (found[n] for n in names)]
+        lines.append(f"| {load} | {form} | {len(found)} | {' | '.join(texts)} |")
+    return lines
+
+
+def _speedups(whole: pd.DataFrame) -> list[str]:
+    """A table a model: allocations down, tokens across."""
     ours = whole[whole["variant"] == Variant.OURS.value]
-    names = [item.name for item in ALLOCATIONS if item.name != BF16.name and (ours["allocation"] == item.name).any()]
-    lines = [f"| model | tokens | best bf16 | us | {' | '.join(names)} |", f"|{'---|' * (4 + len(names))}"]
-    for key, group in ours.groupby(["model", "tokens"], sort=False):
-        model, tokens = map(str, key)
-        found = {row.allocation: f"{row.latency_us:.1f} ({row.speedup:.2f})" for row in group.itertuples()}
-        cells = [found.get(name, "") for name in names]
-        first = group.iloc[0]
-        lines.append(
-            f"| {model} | {tokens} | {first['best_bf16']} | {first['best_bf16_us']:.1f} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
+    lines = []
+    for model, of_model in ours.groupby("model", sort=False):
+        sizes = sorted(of_model["tokens"].unique())
+        best = of_model.drop_duplicates("tokens").set_index("tokens")
+        lines += [f"### {model}", "", f"| | bits | {' | '.join(map(str, sizes))} |", f"|{'---|' * (2 + len(sizes))}"]
+        cells = [f"{best.loc[size, 'best_bf16_us']:.1f}, {best.loc[size, 'best_bf16']}" for size in sizes]
+        lines.append(f"| fastest bf16 | 16 | {' | '.join(cells)} |")
+        for name in (item.name for item in ALLOCATIONS if item.name != BF16.name):
+            found = of_model[of_model["allocation"] == name].set_index("tokens")
+            if not found.empty:
+                texts = [
+                    f"{found.loc[size, 'latency_us']:.1f} ({found.loc[size, 'speedup']:.2f})"
+                    if size in found.index
+                    else ""
+                    for size in sizes
+                ]
+                lines.append(f"| {name} | {found['avg_bits'].iloc[0]:.2f} | {' | '.join(texts)} |")
+        lines.append("")
+    return lines
 
 
 def _table(frame: pd.DataFrame, digits: int) -> str:

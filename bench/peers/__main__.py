@@ -1,4 +1,6 @@
-"""`python -m bench.peers`: recorded launches against the peers; `--measure`: everything in one run on this GPU."""
+"""`python -m bench.peers`: recorded launches against the peers; `--measure`: everything in one run on this GPU;
+`--build`: compiles the kernels for that, on any machine.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -14,16 +17,22 @@ from bench.peers import plot, report
 from bench.peers.mixed import compare_mixed
 from bench.peers.published import read_peers
 from bench.peers.recorded import compare, read_launches
+from bench.peers.roofline import H200
 from bench.peers.routing import Draw
-from profiles import schemes
+from kernel_gen.timing import monotonic_s
+from profiles import gpus, schemes
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
 from profiles.models import Linear, model
 from profiles.schemes import QuantScheme
 
+if TYPE_CHECKING:
+    from bench.peers.measuring import Cell
+
 RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in ("hopper_v2", "mixed_v2"))
 OUT = Path("docs/peers")
-TOKENS = (1, 16, 128, 512, 2048, 8192)
+MODELS = ("qwen1.5-moe-a2.7b", "mixtral-8x7b", "deepseek-v2-lite", "qwen3-30b-a3b")
+TOKENS = (16, 512, 8192, 1, 128, 2048)
 
 
 def report_recorded(profiles: Sequence[Path], out: Path, *, command: str) -> str:
@@ -50,33 +59,59 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
 
     UserError: no GPU that can be used, options that cannot be, a folder that cannot be written.
     """
-    shapes = [model(name) for name in arguments.models]
     from bench.peers.device import check_gpu, open_device
-    from bench.peers.measured_report import measured_markdown
-    from bench.peers.measuring import Cell, measure, read_measured, specs_of
+    from bench.peers.measured_report import measured_markdown, of_roofline
+    from bench.peers.measuring import measure, read_measured, specs_of
 
-    gpu = check_gpu()
-    cells = [
-        Cell(model=shape.name, linear=linear, tokens=tokens, draw=draw, scheme=scheme)
-        for shape in shapes
-        for linear in Linear
-        for scheme in arguments.schemes  # before tokens: cells of one workload follow each other and share its weights
-        for tokens in arguments.tokens
-        for draw in arguments.draws
-    ]
+    cells, gpu = _cells(arguments), check_gpu()
     recorded = read_launches(arguments.profiles or RECORDED)
-    path = arguments.out / "measured.parquet"
+    path, started = arguments.out / "measured.parquet", monotonic_s()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            device = open_device(gpu, specs_of(cells, gpu, recorded), Path(folder))
-            for cell, rows in measure(cells, device, recorded, path):
-                print(f"{' '.join(map(str, cell.key))}: {len(rows)} contenders", file=sys.stderr)
-        text = measured_markdown(read_measured(path), read_peers(), command=command)
+            device = open_device(gpu, specs_of(cells, gpu, recorded, arguments.configs), Path(folder))
+            print(f"{monotonic_s() - started:.0f} s: kernels are ready", file=sys.stderr, flush=True)
+            rounds, configs = arguments.rounds, arguments.configs
+            for cell, rows in measure(cells, device, recorded, path, rounds=rounds, num_configs=configs):
+                seconds = monotonic_s() - started
+                words = " ".join(map(str, cell.key))
+                print(f"{seconds:.1f} s: {words}: {len(rows)} contenders", file=sys.stderr, flush=True)
+                if seconds > arguments.seconds:
+                    print("out of time; the same command goes on", file=sys.stderr)
+                    break
+        measured = read_measured(path)
+        text = measured_markdown(measured, read_peers(), command=command)
         write_text(text, arguments.out / "measured.md")
+        plot.draw(of_roofline(measured), read_peers(), arguments.out / "measured.png", band="one launch a replay")
     except OSError as error:
         raise _unwritable(arguments.out, error) from error
     return text
+
+
+def build_all(arguments: argparse.Namespace) -> None:
+    """Compiles what the cache lacks of the kernels that `--measure` with the same options runs. UserError: options that
+    cannot be.
+    """
+    from bench.kernel_sets import compile_all
+    from bench.peers.measuring import specs_of
+
+    cells, gpu = _cells(arguments), gpus.gpu(H200.gpu)
+    specs = specs_of(cells, gpu, read_launches(arguments.profiles or RECORDED), arguments.configs)
+    print(f"{len(specs)} kernels, of {len(cells)} cells", file=sys.stderr)
+    compile_all(specs, gpu)
+
+
+def _cells(arguments: argparse.Namespace) -> list[Cell]:
+    from bench.peers.measuring import Cell
+
+    return [
+        Cell(model=shape.name, linear=linear, tokens=tokens, draw=draw, scheme=scheme)
+        for shape in map(model, arguments.models.split(","))
+        for linear in Linear
+        for scheme in _schemes(arguments.schemes)  # before tokens: neighbouring cells share a workload's weights
+        for tokens in _tokens(arguments.tokens)
+        for draw in _draws(arguments.draws)
+    ]
 
 
 def write_rows(frame: pd.DataFrame, path: Path) -> None:
@@ -114,6 +149,12 @@ def _tokens(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def _at_least_one(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument(
@@ -124,11 +165,14 @@ def _parser() -> argparse.ArgumentParser:
         help="recorded launches (default: profiles/data/h200/{hopper_v2,mixed_v2}.parquet)",
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where the results go (default: {OUT})")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--measure", action="store_true", help="measure ours, torch's and Triton's kernels on this GPU instead"
     )
-    models = sorted({key[0] for key in read_peers()})
-    parser.add_argument("--models", default=",".join(models), metavar="A,B", help="to measure (default: %(default)s)")
+    what.add_argument(
+        "--build", action="store_true", help="compile the kernels that --measure with the same options needs, and end"
+    )
+    parser.add_argument("--models", default=",".join(MODELS), metavar="A,B", help="to measure (default: %(default)s)")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), metavar="A,B", help="(default: %(default)s)")
     parser.add_argument(
         "--schemes",
@@ -138,6 +182,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     draws = ",".join(draw.value for draw in Draw)
     parser.add_argument("--draws", default=draws, metavar="A,B", help="loads: %(default)s (the default: both)")
+    parser.add_argument(
+        "--configs", type=_at_least_one, default=8, metavar="N", help="ours tried (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=_at_least_one, default=3600, metavar="N", help="begin no cell later (default: %(default)s)"
+    )
     return parser
 
 
@@ -147,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = argv if argv is not None else sys.argv[1:]
     command = " ".join(["python -m bench.peers", *words])
     try:
+        if arguments.build:
+            build_all(arguments)
+            return 0
         if arguments.measure:
-            arguments.models = arguments.models.split(",")
-            arguments.tokens, arguments.draws = _tokens(arguments.tokens), _draws(arguments.draws)
-            arguments.schemes = _schemes(arguments.schemes)
             print(measure_all(arguments, command=command), end="")
             return 0
         text = report_recorded(arguments.profiles or RECORDED, arguments.out, command=command)

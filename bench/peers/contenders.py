@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bench.peers.triton_tiles import Tile, tile_name, tiles_for
 from kernel_gen.formats import unpack
 from kernel_gen.measure import COLD_L2_FACTOR, Inputs, Launch
 from kernel_gen.select import table_size
@@ -51,7 +52,7 @@ class Contender:
 def contenders(inputs: Inputs, configs: Sequence[KernelConfig], kernels: Kernels, l2_bytes: int) -> Iterator[Contender]:
     """All that can run the inputs' one scheme: ours in each configuration; others for bf16 and for 8-bit floats."""
     for config in configs:
-        yield Contender(name=OURS, config=config.name, make=lambda config=config: _ours(inputs, config, kernels))  # type: ignore[misc]
+        yield Contender(name=OURS, config=config.name, make=functools.partial(_ours, inputs, config, kernels))
     scheme = inputs.weights.workload.schemes[0]
     dense = functools.cache(lambda: _dense(inputs, l2_bytes))  # made when first needed, then shared
     if scheme.weight_bits == 16:
@@ -101,12 +102,12 @@ def _torch_fp8(inputs: Inputs, weights: Sequence[Tensor], scales: Tensor | None)
 def _triton(inputs: Inputs, dense: Callable[[], Sequence[Tensor]]) -> Iterator[Contender]:
     """One contender a tile; a single one that says so where Triton is not installed."""
     try:
-        from bench.peers.triton_grouped import TILES, grouped_gemm
+        from bench.peers.triton_grouped import grouped_gemm
     except ModuleNotFoundError:
         yield Contender(name="triton", config="", make=_no_triton)
         return
 
-    def make(tile: tuple[int, int, int, int, int]) -> Entry:
+    def make(tile: Tile) -> Entry:
         x, y, weights = _tokens(inputs), inputs.output.y, dense()
 
         def launch(of: Tensor) -> Launch:
@@ -114,9 +115,8 @@ def _triton(inputs: Inputs, dense: Callable[[], Sequence[Tensor]]) -> Iterator[C
 
         return Entry(check=launch(weights[0]), launches=tuple(launch(one) for one in weights))
 
-    for tile in TILES:
-        name = "{}x{}x{}_w{}_s{}".format(*tile)
-        yield Contender(name="triton", config=name, make=lambda tile=tile: make(tile))  # type: ignore[misc]
+    for tile in tiles_for(inputs.load.tokens_per_expert):
+        yield Contender(name="triton", config=tile_name(tile), make=functools.partial(make, tile))
 
 
 def _no_triton() -> Entry:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench.kernel_sets import progress
 from bench.peers.measuring import Device
 from bench.peers.roofline import H200
 from kernel_gen.kernels import KernelSpec
@@ -28,7 +29,7 @@ def check_gpu() -> GpuSpec:
 
 def open_device(gpu: GpuSpec, specs: Sequence[KernelSpec], folder: Path) -> Device:
     """Torch's device, with these kernels linked into a bundle in `folder`."""
-    library = KernelLibrary.build(specs, gpu, folder)
+    library = KernelLibrary.build(specs, gpu, folder, track=progress)
     index = torch.cuda.current_device()
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     failures: tuple[type[Exception], ...] = (RuntimeError, UserError)

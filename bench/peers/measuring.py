@@ -1,14 +1,17 @@
 """`--measure`: each cell's contenders in one run, interleaved, on the same weights, tokens and routing.
 
-A contender's values are checked before its time counts, with the sweep's check. Then rounds: in each, every contender
+A contender's values are checked before its time counts, with the sweep's check. Of our configurations the few that are
+fastest alone go on. Then rounds: in each, every contender
 is timed once (kernel_gen.timing: graph replays, L2 cold), so that a clock that falls falls on all; a latency is the
-median of the rounds. Then each launch is timed alone, as the published peers were (`single_us`). Who fails is a row
+median of the rounds. Then each launch is timed alone, as the published peers were (`single_us`), and beside it one that
+does nothing (`floor_us`), since what a replay costs is part of both. Who fails is a row
 with the reason. After a CUDA error nothing more can run in the process: what is left of the cell becomes rows too, and
 the run ends; a second run of the command goes on with the next cell.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -20,17 +23,19 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from bench.peers.contenders import Contender, Entry, Kernels, contenders
-from bench.peers.roofline import roofline
+from bench.kernel_sets import TRIES, ranked
+from bench.peers.contenders import OURS, Contender, Entry, Kernels, contenders
+from bench.peers.recorded import roofline_bar
+from bench.peers.roofline import Roofline, roofline
 from bench.peers.routing import Draw, draw_load
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.measure import Inputs, Launch, LaunchError, Weights, verify
-from kernel_gen.select import choose, table_size
+from kernel_gen.select import table_size
 from kernel_gen.sweeping.candidates import Workload
 from kernel_gen.timing import SampleRule, Timing, utc_now
 from profiles import kernels
 from profiles.atomic import replacing
-from profiles.errors import DataError, UnsupportedError, UserError
+from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec
 from profiles.kernels import KernelConfig
 from profiles.loads import TokenLoad
@@ -39,7 +44,10 @@ from profiles.records import Status
 from profiles.schemes import QuantScheme
 
 RULE = SampleRule(min_samples=10, max_samples=10)
-ROUNDS = 5
+ROUNDS = 3
+NUM_CONFIGS = 8
+FINALISTS = 2
+"""Of our configurations so many take part in the rounds."""
 CLOCKS = ("sm_clock_mhz", "reference_ratio")
 CELL = ("model", "linear", "tokens", "draw", "seed", "scheme")
 
@@ -50,8 +58,8 @@ class Clock(Protocol):
     def time_launches(self, launches: Sequence[Launch], rule: SampleRule) -> Timing:
         """The latency of launches that take turns."""
 
-    def time_single(self, launch: Launch) -> float:
-        """Microseconds of a replay of one launch."""
+    def time_single(self, launch: Launch, samples: int = 30) -> float:
+        """Microseconds of a replay of one launch, the median of so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,30 +116,40 @@ class Cell:
         shape = model(self.model)
         return draw_load(self.draw, shape.num_experts, self.tokens, shape.top_k, self.seed)
 
+    @property
+    def roofline(self) -> Roofline:
+        """The launch's least time."""
+        return roofline(self.scheme, self.workload.n, self.workload.k, self.load.tokens_per_expert)
 
-def our_configs(cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame) -> list[KernelConfig]:
-    """The latency model's choice, and the fastest recorded ones (bench.peers.recorded.read_launches) of this model,
-    linear and scheme at the recorded tokens just below and above.
+
+def our_configs(cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame, number: int = NUM_CONFIGS) -> list[KernelConfig]:
+    """At most `number` configurations that may be fastest, in turn: what the latency model ranks first for these
+    tokens, and the fastest recorded ones (bench.peers.recorded.read_launches) of this model, linear and scheme at the
+    recorded tokens nearest to the cell's.
     """
-    work, load = cell.workload, cell.load
-    names: list[str] = []
-    try:
-        names.append(choose([cell.scheme] * work.num_experts, work.n, work.k, load.total, gpu).name)
-    except UnsupportedError:
-        return []
+    work = cell.workload
+    schemes, counts = (cell.scheme,) * work.num_experts, cell.load.tokens_per_expert
+    by_model = [config.name for config in ranked(schemes, work.n, work.k, counts, gpu, number)]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(by_model, _recorded_winners(cell, recorded)))
+    names = dict.fromkeys(name for name in in_turn if name)
+    return [kernels.parse(name) for name in names][:number]
+
+
+def _recorded_winners(cell: Cell, recorded: pd.DataFrame) -> list[str]:
     same = recorded[
         (recorded["schemes"].map(len) == 1)
         & (recorded["schemes"].str[0] == cell.scheme.name)
         & (recorded["model"] == cell.model)
         & (recorded["linear"] == cell.linear.value)
     ]
+    found: list[str] = []
     for near in (
-        same[same["tokens"] <= cell.tokens]["tokens"].max(),
         same[same["tokens"] >= cell.tokens]["tokens"].min(),
+        same[same["tokens"] < cell.tokens]["tokens"].max(),
     ):
         at = same[same["tokens"] == near]
-        names += [at.loc[rows["latency_us"].idxmin(), "config"] for _, rows in at.groupby("load")]
-    return [kernels.parse(name) for name in dict.fromkeys(names)]
+        found += [at.loc[rows["latency_us"].idxmin(), "config"] for _, rows in at.groupby("load")]
+    return list(dict.fromkeys(found))
 
 
 class Shelf:
@@ -150,12 +168,12 @@ class Shelf:
         return self._last
 
 
-def specs_of(cells: Sequence[Cell], gpu: GpuSpec, recorded: pd.DataFrame) -> list[KernelSpec]:
+def specs_of(cells: Sequence[Cell], gpu: GpuSpec, recorded: pd.DataFrame, number: int) -> list[KernelSpec]:
     """Our kernels that the cells run."""
     specs: dict[KernelSpec, None] = {}
     for cell in cells:
         max_experts = table_size(cell.workload.num_experts)
-        for config in our_configs(cell, gpu, recorded):
+        for config in our_configs(cell, gpu, recorded, number):
             specs[KernelSpec(config=config, schemes=(cell.scheme,), arch=gpu.arch, max_experts=max_experts)] = None
     return list(specs)
 
@@ -186,13 +204,31 @@ def measure_cell(
             ready.append((contender, entry))
     if culprit := _culprit(rows):
         return rows + [_lost(cell, contender, culprit, device) for contender, _ in ready]
-    return rows + _timed(cell, ready, device, rounds)
+    try:
+        finalists = _finalists(ready, device.clock)
+    except device.failures as error:  # what ran and was right cannot be timed: the device is lost
+        return rows + [_failure(cell, one.name, one.config, Status.LAUNCH_ERROR, error, device) for one, _ in ready]
+    return rows + _timed(cell, finalists, device, rounds)
+
+
+def _finalists(ready: list[tuple[Contender, Entry]], clock: Clock) -> list[tuple[Contender, Entry]]:
+    """Ours that are fastest alone, and all others."""
+    ours = [pair for pair in ready if pair[0].name == OURS]
+    if len(ours) > FINALISTS:
+        alone = [clock.time_single(entry.launches[0], TRIES) for _, entry in ours]
+        ours = [ours[index] for index in sorted(range(len(ours)), key=alone.__getitem__)[:FINALISTS]]
+    return [*ours, *(pair for pair in ready if pair[0].name != OURS)]
 
 
 def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rounds: int) -> list[dict[str, Any]]:
     """Rounds over all, each timed once a round."""
     timings: dict[int, list[Timing]] = {index: [] for index in range(len(ready))}
-    single: dict[int, float] = {}
+    single: dict[int, tuple[float, float]] = {}
+    one = torch.zeros(1, device=device.torch_device)
+
+    def nothing() -> None:
+        one.add_(1)
+
     failed: dict[int, dict[str, Any]] = {}
     for number in range(rounds + 1):
         for index, (contender, entry) in enumerate(ready):
@@ -202,7 +238,8 @@ def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rou
                 if number < rounds:
                     timings[index].append(device.clock.time_launches(entry.launches, RULE))
                 else:
-                    single[index] = device.clock.time_single(entry.launches[0])
+                    floor_us = device.clock.time_single(nothing)
+                    single[index] = device.clock.time_single(entry.launches[0]), floor_us
             except device.failures as error:
                 failed[index] = _failure(cell, contender.name, contender.config, Status.LAUNCH_ERROR, error, device)
                 if failed[index]["context_lost"]:
@@ -215,11 +252,10 @@ def _timed(cell: Cell, ready: list[tuple[Contender, Entry]], device: Device, rou
 
 
 def _row(
-    cell: Cell, contender: Contender, timings: Sequence[Timing], single_us: float, device: Device
+    cell: Cell, contender: Contender, timings: Sequence[Timing], single: tuple[float, float], device: Device
 ) -> dict[str, Any]:
     medians = sorted(timing.median_us for timing in timings)
     latency = statistics.median(medians)
-    limit = roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert)
     return {
         **_base(cell, contender.name, contender.config, device),
         "status": Status.OK.value,
@@ -228,11 +264,11 @@ def _row(
         "latency_us": latency,
         "least_us": medians[0],
         "most_us": medians[-1],
-        "single_us": single_us,
+        "single_us": single[0],
+        "floor_us": single[1],
         "num_samples": sum(timing.num_samples for timing in timings),
         **{name: statistics.median(getattr(timing, name) for timing in timings) for name in CLOCKS},
-        "roofline_us": limit.us,
-        "fraction": limit.us / latency,
+        "fraction": cell.roofline.us / latency,
     }
 
 
@@ -246,9 +282,8 @@ def _failure(
         "status": status.value,
         "error": text,
         "context_lost": isinstance(error, (torch.AcceleratorError, LaunchError)),
-        **dict.fromkeys(("latency_us", "least_us", "most_us", "single_us", *CLOCKS), math.nan),
+        **dict.fromkeys(("latency_us", "least_us", "most_us", "single_us", "floor_us", *CLOCKS), math.nan),
         "num_samples": 0,
-        "roofline_us": roofline(cell.scheme, cell.workload.n, cell.workload.k, cell.load.tokens_per_expert).us,
         "fraction": math.nan,
     }
 
@@ -267,6 +302,10 @@ def _base(cell: Cell, name: str, config: str, device: Device) -> dict[str, Any]:
     return {
         **dict(zip(CELL, cell.key, strict=True)),
         "load_source": cell.load.source,
+        "roofline_us": cell.roofline.us,
+        "min_bytes": cell.roofline.min_bytes,
+        "is_memory_bound": cell.roofline.is_memory_bound,
+        "bar": roofline_bar(cell.roofline, cell.tokens),
         "contender": name,
         "config": config,
         "gpu": device.gpu.name,
@@ -276,7 +315,13 @@ def _base(cell: Cell, name: str, config: str, device: Device) -> dict[str, Any]:
 
 
 def measure(
-    cells: Sequence[Cell], device: Device, recorded: pd.DataFrame, path: Path, *, rounds: int = ROUNDS
+    cells: Sequence[Cell],
+    device: Device,
+    recorded: pd.DataFrame,
+    path: Path,
+    *,
+    rounds: int = ROUNDS,
+    num_configs: int = NUM_CONFIGS,
 ) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
     """Measures the cells that the Parquet file lacks; a cell's rows are in the file when they are given.
 
@@ -287,7 +332,7 @@ def measure(
     for cell in cells:
         if cell.key in done:
             continue
-        found = measure_cell(cell, our_configs(cell, device.gpu, recorded), device, shelf, rounds=rounds)
+        found = measure_cell(cell, our_configs(cell, device.gpu, recorded, num_configs), device, shelf, rounds=rounds)
         device.release()
         rows += found
         with replacing(path) as temporary:

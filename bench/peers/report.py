@@ -151,11 +151,12 @@ def _short(compared: pd.DataFrame) -> Iterator[str]:
     yield "Skewed loads, our own times. Bars: 0.85 where operations bound a launch, or bytes of which it moves"
     yield "over 200 MB; 0.70 of smaller launches at 16 tokens; the others have none. The least row is named."
     yield ""
-    yield from _bars(skewed)
+    yield from bars(skewed)
     yield ""
 
 
-def _bars(compared: pd.DataFrame) -> Iterator[str]:
+def bars(compared: pd.DataFrame) -> Iterator[str]:
+    """Rows short of the roofline's bars, by scheme and bound."""
     rows = []
     for (scheme, bound, bar), group in compared.dropna(subset="roofline_bar").groupby(
         ["scheme", "bound", "roofline_bar"]

@@ -12,20 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES = (
-    # (tokens, weight rows, reduction, warps, stages)
-    (16, 64, 128, 4, 4),
-    (16, 128, 128, 4, 4),
-    (32, 128, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (64, 256, 64, 8, 3),
-    (128, 128, 64, 8, 3),
-    (128, 256, 64, 8, 3),
-)
-"""What is tried; the fastest at a cell is the one reported."""
+from bench.peers.triton_tiles import Tile
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_experts"])  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     x,
     w,
@@ -33,7 +23,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     offsets,
     n,
     k,
-    num_experts: tl.constexpr,
+    num_experts,
     experts_pow2: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
@@ -66,9 +56,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=(rows[:, None] < end) & (columns[None, :] < n))
 
 
-def grouped_gemm(
-    x: Tensor, weights: Tensor, offsets: Tensor, out: Tensor, tile: tuple[int, int, int, int, int]
-) -> None:
+def grouped_gemm(x: Tensor, weights: Tensor, offsets: Tensor, out: Tensor, tile: Tile) -> None:
     """out [T, N] = rows offsets[e]..offsets[e+1] of x [T, K] times weights[e]^T, weights [E, N, K].
 
     All of one float type and contiguous; offsets int32 [E + 1]. Reads nothing on the host.
@@ -85,7 +73,7 @@ def grouped_gemm(
             offsets,
             n,
             k,
-            num_experts=experts,
+            experts,
             experts_pow2=triton.next_power_of_2(experts),
             block_m=block_m,
             block_n=block_n,

@@ -141,6 +141,21 @@ def bulk_load(smem, gmem, num_bytes, barrier):
     )
 
 
+def remote(smem, rank):
+    """sm_90: this shared-memory address in another CTA of the cluster."""
+    return _ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[smem, Int32(rank)]
+    )
+
+
+def st_async_128(address, values, barrier):
+    """sm_90: four 32-bit values to another CTA's shared memory; the mbarrier there counts 16 bytes as they come."""
+    _ptx(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [{$r0}], {{$r1},{$r2},{$r3},{$r4}}, [{$r5}];",
+        read_only_args=[address, *values, barrier],
+    )
+
+
 def stmatrix_trans(smem, matrices):
     """sm_90: one, two or four 8x8 matrices of 16-bit elements, transposed, to the 16-byte rows that the first 8, 16 or
     32 lanes address.

@@ -14,6 +14,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.dequant import Bf16Codes
+from kernel_gen.kernels.split_k import k_part
 from kernel_gen.kernels.wgmma_mainloop import K_STEPS, WgmmaMainloop
 from kernel_gen.layouts import STRIP_BYTES
 from kernel_gen.smem_wgmma import TOKEN_ROW_BYTES
@@ -26,8 +27,8 @@ TOKENS = 8
 class SyncMainloop(WgmmaMainloop):
     """tile_m x tile_n over `groups` consumer warpgroups, whose four warps have 16 rows each of every unit."""
 
-    def __init__(self, facts, tile_m: int, tile_n: int, groups: int, cluster: int = 1) -> None:
-        super().__init__(facts, tile_m, tile_n, groups, cluster)
+    def __init__(self, facts, tile_m: int, tile_n: int, groups: int, cluster: int = 1, split_k: int = 1) -> None:
+        super().__init__(facts, tile_m, tile_n, groups, cluster, split_k)
         self.token_blocks = tile_n // TOKENS
         self.weights = Bf16Codes(facts.weight_bits, facts.has_zero_points, facts.unit_bytes)
         self.has_offsets = self.weights.has_offsets
@@ -36,20 +37,29 @@ class SyncMainloop(WgmmaMainloop):
 
     @cute.jit
     def run(self, base, start, arrays, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
-        """(float32 sums; next stage; next phase) of one tile."""
-        _, _, feature_tile, index, slot_at, k, units = at
+        """(float32 sums; next stage; next phase) of one tile, or of this CTA's part of it."""
+        _, _, feature_tile, index, slot_at, (k, part), units = at
         total = self.sums(mma, Float32)
         total.fill(0.0)
+        ring = (start, arrays, num_stages)
+        blocks = (tid // 128 - 1, (tid // 32) % 4, tid % 32)
+        zeros = self.channel_zeros(feature_tile, index, slot_at, units, blocks)
+        _, k_tiles = k_part(self.facts, k, part, self.split_k)
+        if const_expr(self.split_k == 1):
+            stage, phase = self.multiply_all(ring, total, zeros, k_tiles, stage, phase, blocks)
+        elif k_tiles > 0:  # a part may have none
+            stage, phase = self.multiply_all(ring, total, zeros, k_tiles, stage, phase, blocks)
+        return total, stage, phase
+
+    @cute.jit
+    def multiply_all(self, ring, total, zeros, k_tiles, stage, phase, blocks):
+        """total += weights x tokens; the k-tile after next is read as this one is multiplied."""
         part = total
         if const_expr(self.sums_apart):
-            part = self.sums(mma, Float32)
+            part = self.sums(None, Float32)
         ones = cute.make_rmem_tensor((4, self.token_blocks), Float32)
-        blocks = (tid // 128 - 1, (tid // 32) % 4, tid % 32)
         consts = self.weights.constants()
-        zeros = self.channel_zeros(feature_tile, index, slot_at, units, blocks)
         even, odd = self.register_set(), self.register_set()
-        ring = (start, arrays, num_stages)
-        k_tiles = (k + (self.facts.k_tile - 1)) // self.facts.k_tile
         stage, phase = self.read(ring, even, stage, phase, blocks)
         for pair in cutlass.range((k_tiles + 1) // 2, unroll=1):
             whole = pair * 2 + 1 < k_tiles
@@ -67,7 +77,7 @@ class SyncMainloop(WgmmaMainloop):
                     self.add_part(total, part, ones, self.factors(odd, zeros))
             if const_expr(self.sums_apart and not self.ends_each_tile):
                 self.add_part(total, part, ones, factors)
-        return total, stage, phase
+        return stage, phase
 
     def sums(self, mma, kind):
         """Registers for the tile's sums, numbered as a wgmma's."""

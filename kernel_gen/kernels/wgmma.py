@@ -17,6 +17,7 @@ from kernel_gen import smem_wgmma
 from kernel_gen.kernels.loads import ACTIVATION_ARGUMENT
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
+from kernel_gen.kernels.split_k import ClusterSum
 from kernel_gen.kernels.swiglu_epilogue import WgmmaSwigluEpilogue
 from kernel_gen.kernels.sync_mainloop import SyncMainloop
 from kernel_gen.kernels.wgmma_epilogue import WgmmaEpilogue
@@ -34,8 +35,10 @@ class Slot:
         self.producer = Producer(self.facts, config)
         self.token_scales = self.facts.activation is not ActivationKind.BF16
         self.mainloops = [
-            self.mainloop(width)(self.facts, tile_m, width, groups, config.cluster) for width in config.token_widths
+            self.mainloop(width)(self.facts, tile_m, width, groups, config.cluster, config.split_k)
+            for width in config.token_widths
         ]
+        self.cluster_sums = [ClusterSum(config, loop.tile_n) for loop in self.mainloops]
         epilogue = WgmmaSwigluEpilogue if swiglu else WgmmaEpilogue
         self.epilogues = [
             epilogue(config, arrays, loop.tile_n, self.facts.has_channel_scales, self.token_scales, loop.extra_scale)
@@ -54,7 +57,8 @@ class WgmmaKernel:
         config = spec.config
         self.tile_m, self.tile_n, self.num_stages = config.tile.m, config.tile.n, config.num_stages
         self.groups = config.warps.m // 4
-        self.cluster, self.widths = config.cluster, config.token_widths
+        self.cluster, self.split_k, self.widths = config.cluster, config.split_k, config.token_widths
+        self.ctas = self.cluster * self.split_k
         self.box = smem_wgmma.token_box(config)
         self.producers = smem_wgmma.producer_warps(config)
         self.num_threads = config.num_threads
@@ -102,7 +106,7 @@ class WgmmaKernel:
         self.kernel(y, offsets, plan, weights, activations, k, atoms, tensors, mmas, layouts).launch(
             grid=(grid, 1, 1),
             block=(self.num_threads, 1, 1),
-            cluster=(self.cluster, 1, 1) if self.cluster > 1 else None,
+            cluster=(self.ctas, 1, 1) if self.ctas > 1 else None,
             smem=self.arrays.total,
             stream=stream,
             min_blocks_per_mp=self.min_ctas,
@@ -141,11 +145,6 @@ class WgmmaKernel:
         layouts: list,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
-        first, walkers, rank = block, blocks, Int32(0)
-        if const_expr(self.cluster > 1):  # a cluster walks the tiles together, each CTA its feature tile of each
-            first, walkers, rank = block // self.cluster, blocks // self.cluster, block % self.cluster
         warp = cute.arch.make_warp_uniform(tid // 32)
         group = cute.arch.make_warp_uniform(tid // 128)
         lane = tid % 32
@@ -161,24 +160,30 @@ class WgmmaKernel:
             for i in cutlass.range_constexpr(self.num_stages):
                 cute.arch.mbarrier_init(barriers + i, 1)
                 cute.arch.mbarrier_init(barriers + self.num_stages + i, 4 * self.groups * self.cluster)
+            if const_expr(self.split_k > 1):
+                self.slots[0].cluster_sums[-1].init(barriers + 2 * self.num_stages)
             cute.arch.mbarrier_init_fence()
+        if const_expr(self.split_k > 1):
+            cute.arch.cluster_arrive_relaxed()
         if const_expr(self.overlap):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
         table = start + self.arrays.table
         self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()
-        if const_expr(self.cluster > 1):  # no barrier of another CTA is touched before it is there
+        if const_expr(self.cluster > 1):
             cute.arch.cluster_arrive()
+        if const_expr(self.ctas > 1):  # no barrier of another CTA is touched before it is there
             cute.arch.cluster_wait()
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp < self.producers:
                 turn = (warp, warp, Int32(1))
+                first, walkers, rank, neighbour = self.place()
                 num_tiles = self.scheduler.num_tiles(table)
                 for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                     row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
-                    feature_tile = feature_tile * self.cluster + rank
+                    feature_tile = feature_tile * self.cluster + neighbour
                     width = self.width(row, row_end)
                     for s in cutlass.range_constexpr(len(self.slots)):
                         if slot == s:
@@ -190,21 +195,38 @@ class WgmmaKernel:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             stage = Int32(0)
             phase = Int32(0)
+            turn = Int32(0)
+            first, walkers, rank, neighbour = self.place()
             num_tiles = self.scheduler.num_tiles(table)
             for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                 row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
-                feature_tile = feature_tile * self.cluster + rank
+                feature_tile = feature_tile * self.cluster + neighbour
                 width = self.width(row, row_end)
                 for s in cutlass.range_constexpr(len(self.slots)):
                     for v in cutlass.range_constexpr(len(self.slots[s].mainloops)):
                         if slot == s and width == self.slots[s].mainloops[v].tile_n:
                             slot_at = weights_at + s * 32
-                            at = (row, row_end, feature_tile, index, slot_at, k, units)
-                            ring = (base, start, stage, phase)
+                            at = (row, row_end, feature_tile, index, slot_at, (k, rank), units)
+                            ring = (base, start, barriers, stage, phase, turn)
                             stage, phase = self.run_tile(s, v, ring, at, mmas[s][v], layouts[s], y, activations, tid)
+                turn ^= 1
+            if const_expr(self.split_k > 1):
+                self.slots[0].cluster_sums[-1].finish(barriers + 2 * self.num_stages, rank, turn)
         if const_expr(self.cluster > 1):  # nor after it is gone
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
+
+    @cute.jit
+    def place(self):
+        """(first tile, tiles from one to the next, rank in the cluster, and the same if it means a feature tile). Each
+        role asks itself: what is alive in both, ptxas spills.
+        """
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        first, walkers, rank = block, blocks, Int32(0)
+        if const_expr(self.ctas > 1):  # a cluster walks the tiles together, each CTA its feature tile or part of each
+            first, walkers, rank = block // self.ctas, blocks // self.ctas, block % self.ctas
+        return first, walkers, rank, rank if const_expr(self.cluster > 1) else Int32(0)
 
     @cute.jit
     def width(self, row, row_end):
@@ -217,9 +239,11 @@ class WgmmaKernel:
 
     @cute.jit
     def run_tile(self, s: cutlass.Constexpr, v: cutlass.Constexpr, ring, at, mma, layout, y, activations, tid):
-        """One tile of slot s and width v: k loop, epilogue. Returns the ring's next stage and phase."""
+        """One tile of slot s and width v: k loop, sum over the parts, epilogue. Returns the ring's next stage and
+        phase.
+        """
         slot = self.slots[s]
-        base, start, stage, phase = ring
+        base, start, barriers, stage, phase, turn = ring
         tokens = Int64(0)
         if const_expr(slot.token_scales):
             tokens = activations[ACTIVATION_ARGUMENT[slot.facts.activation] + 1]
@@ -227,7 +251,15 @@ class WgmmaKernel:
         acc, stage, phase = slot.mainloops[v].run(
             base, start, self.arrays, self.num_stages, stage, phase, at, mma, layout, tid
         )
-        slot.epilogues[v].run(acc, scales, start + self.arrays.output, start + self.arrays.token_scales, tid, at, y)
+        output, token_scales = start + self.arrays.output, start + self.arrays.token_scales
+        if const_expr(self.split_k == 1):
+            slot.epilogues[v].run(acc, scales, output, token_scales, tid, at, y)
+        else:
+            row, row_end, _, _, _, (_, part), _ = at
+            sums, full = start + self.arrays.partial_sums, barriers + 2 * self.num_stages
+            slot.cluster_sums[v].run(acc, sums, full, part, turn, row_end - row, tid)
+            if part == self.split_k - 1:
+                slot.epilogues[v].run(acc, scales, output, token_scales, tid, at, y)
         return stage, phase
 
 

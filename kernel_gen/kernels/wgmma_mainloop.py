@@ -13,6 +13,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.dequant import Bf16Weights, NarrowWeights
+from kernel_gen.kernels.split_k import k_part
 from kernel_gen.layouts import STRIP_BYTES
 from kernel_gen.smem_wgmma import SumOf, sum_of
 from profiles.gpus import Math
@@ -24,9 +25,9 @@ K_STEPS = 4  # a k-tile is 128 bytes of a token's row, a wgmma takes 32
 class WgmmaMainloop:
     """tile_m x tile_n over `groups` consumer warpgroups; each has m_units units of 64 rows."""
 
-    def __init__(self, facts, tile_m: int, tile_n: int, groups: int, cluster: int = 1) -> None:
+    def __init__(self, facts, tile_m: int, tile_n: int, groups: int, cluster: int = 1, split_k: int = 1) -> None:
         self.facts, self.tile_m, self.tile_n, self.groups = facts, tile_m, tile_n, groups
-        self.cluster = cluster
+        self.cluster, self.split_k = cluster, split_k
         self.m_units = tile_m // 64 // groups
         self.math = facts.math
         self.narrow = self.math is not Math.BF16
@@ -67,8 +68,10 @@ class WgmmaMainloop:
 
     @cute.jit
     def run(self, base, start, arrays, num_stages: cutlass.Constexpr, stage, phase, at, mma, layout, tid):
-        """(float32 sums, or int32 ones of int8 math without groups; next stage; next phase) of one tile."""
-        _, _, feature_tile, index, slot_at, k, units = at
+        """(float32 sums, or int32 ones of int8 math without groups; next stage; next phase) of one tile, or of this
+        CTA's part of it.
+        """
+        _, _, feature_tile, index, slot_at, (k, part), units = at
         facts = self.facts
         thread_mma = mma.get_slice(tid - 128)
         acc = self.sums(mma, self.acc_type())
@@ -84,27 +87,35 @@ class WgmmaMainloop:
         if const_expr(self.has_tile_biases):
             self.fetch_channel(state, feature_tile, index, slot_at, units, blocks)
         ring = (start, arrays, num_stages)
-        k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
+        _, k_tiles = k_part(facts, k, part, self.split_k)
         work = (mma, a, b, acc, state, blocks, k_tiles)
-        if const_expr(self.sum_of is SumOf.WEIGHTS):
-            stage, phase = self.multiply(ring, work, stage, phase)
-        else:
+        total = acc
+        if const_expr(self.sum_of is SumOf.GROUPS):
             total = self.sums(mma, Float32)
             total.fill(0.0)
-            if const_expr(self.narrow):
-                stage, phase = self.multiply_groups(ring, work, total, stage, phase)
-            else:
-                stage, phase = self.multiply_pairs(ring, work, total, stage, phase)
-            acc = total
-        return self.numbered(acc), stage, phase
+        if const_expr(self.split_k == 1):
+            stage, phase = self.loop(ring, work, total, stage, phase)
+        elif k_tiles > 0:  # a part may have none
+            stage, phase = self.loop(ring, work, total, stage, phase)
+        return self.numbered(total), stage, phase
+
+    @cute.jit
+    def loop(self, ring, work, total, stage, phase):
+        """The k loop that fits what the tensor cores sum; total holds the sums afterwards."""
+        if const_expr(self.sum_of is SumOf.WEIGHTS):
+            stage, phase = self.multiply(ring, work, stage, phase)
+        elif const_expr(self.narrow):
+            stage, phase = self.multiply_groups(ring, work, total, stage, phase)
+        else:
+            stage, phase = self.multiply_pairs(ring, work, total, stage, phase)
+        return stage, phase
 
     def sums(self, mma, kind):
         """Registers for the tile's sums."""
         return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), kind)
 
     def numbered(self, sums):
-        """The same registers, numbered ((token, row half, block of 8 tokens), unit, 0), also where there is one block.
-        """
+        """The same registers, numbered ((token, row half, block of 8 tokens), unit, 0), also where there is one block."""
         return cute.make_tensor(sums.iterator, cute.make_layout(((2, 2, self.tile_n // 8), self.m_units, 1)))
 
     def atoms(self, mma):

@@ -2,11 +2,12 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int16, Int32, Int64, const_expr
+from cutlass import Int16, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from kernel_gen import smem_wgmma
 from kernel_gen.kernels import ptx
+from kernel_gen.kernels.split_k import k_part
 from kernel_gen.kernels.wgmma_mainloop import CODE_TYPE
 from kernel_gen.layouts import STRIP_BYTES
 
@@ -15,28 +16,29 @@ class Producer:
     """What each producer warp runs. A stage is full when all bytes it was promised have come (expect_tx).
 
     Tokens come in boxes, as many as the tile's width takes. In a cluster each CTA loads its share of the boxes into the
-    shared memory of all.
+    shared memory of all; with split-K each loads its part of the k-tiles.
     """
 
     def __init__(self, facts, config) -> None:
         self.facts, self.tile_m, self.tile_n = facts, config.tile.m, config.tile.n
-        self.box, self.cluster = smem_wgmma.token_box(config), config.cluster
+        self.box, self.cluster, self.split_k = smem_wgmma.token_box(config), config.cluster, config.split_k
         self.warps, self.num_stages = smem_wgmma.producer_warps(config), config.num_stages
         self.strips = facts.has_group_scales * (1 + facts.has_zero_points)
         self.groups_ahead = self.warps // max(1, facts.k_tiles_per_group)
 
     @cute.jit
     def run(self, base, start, arrays, barriers, turn, at, atom, tensor, layout):
-        """This warp's k-tiles of one tile. `turn`: k-tiles until its first, and the stage and phase of that; returns
-        its next turn.
+        """This warp's k-tiles of one tile, or of this CTA's part of it. `turn`: k-tiles until its first, and the stage
+        and phase of that; returns its next turn.
         """
         row, width, feature_tile, index, slot_at, k, units, rank = at
-        first, stage, phase = turn
+        skipped, stage, phase = turn
         facts = self.facts
         k_tiles = (k + (facts.k_tile - 1)) // facts.k_tile
         unit0 = feature_tile * (self.tile_m // 64)
         present = cutlass.max(cutlass.min(units - unit0, self.tile_m // 64), 0)
-        weights, scales, zeros = self.sources(index, slot_at, k, k_tiles, units, unit0, first)
+        part_begin, count = k_part(facts, k, rank, self.split_k)
+        weights, scales, zeros = self.sources(index, slot_at, k, k_tiles, units, unit0, part_begin + skipped)
         next_weights = Int64(units) * (self.warps * facts.unit_bytes)
         next_strips = Int64(units) * (self.groups_ahead * STRIP_BYTES)
         tokens = cute.make_tensor(
@@ -49,7 +51,7 @@ class Producer:
             atom, 0, cute.make_layout(1), cute.group_modes(places, 0, 2), cute.group_modes(boxes, 0, 2)
         )
         total = present * (facts.unit_bytes + self.strips * STRIP_BYTES) + width * facts.x_row_bytes
-        for kt in cutlass.range(first, k_tiles, self.warps, unroll=1):
+        for kt in cutlass.range(part_begin + skipped, part_begin + count, self.warps, unroll=1):
             full = start + arrays.barriers + stage * 8
             ptx.mbarrier_wait(full + self.num_stages * 8, phase, patient=True)
             with cute.arch.elect_one():
@@ -78,7 +80,7 @@ class Producer:
             if stage >= self.num_stages:
                 stage -= self.num_stages
                 phase ^= 1
-        return (first - k_tiles) & (self.warps - 1), stage, phase
+        return (skipped - count) & (self.warps - 1), stage, phase
 
     def sources(self, index, slot_at, k, k_tiles, units, unit0, first):
         """Global addresses of the tile's packed weights, scales and zero points (0 where there are none) in k-tile

@@ -18,14 +18,10 @@ from kernel_gen.kernels.steps.spec import (
     MAX_EXPERTS,
     MAX_TOP_K,
     VECTOR,
-    CombineSpec,
-    CountSpec,
-    GatherSpec,
-    PlaceSpec,
     SwigluSpec,
-    row_shape,
 )
-from kernel_gen.layer.routing import Routing, kinds_of
+from kernel_gen.layer.routing import Routing
+from kernel_gen.layer.step_specs import StepSpecs
 from kernel_gen.layouts import X_K_MULTIPLE, ActivationKind, activation_kind, round_up
 from kernel_gen.library import KernelLibrary
 from kernel_gen.runtime import Activations
@@ -33,7 +29,6 @@ from profiles.errors import SpecError, UnsupportedError
 
 MAX_RANKED_IDS = 4096
 """Up to here `gather` works out the places itself: one launch instead of three, though every CTA reads every id."""
-COMBINE_THREADS = 128
 
 _ELEMENTS = {ActivationKind.BF16: torch.bfloat16, ActivationKind.INT8: torch.int8}
 
@@ -48,15 +43,18 @@ class FusedSteps:
     """
 
     def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool | None = None) -> None:
-        self._library, self._arch, self._device = library, library.gpu.arch, gate_up.device
-        self._overlap = can_overlap(self._arch) if overlap is None else overlap
+        self._library, self._device = library, gate_up.device
         self._num_experts = gate_up.num_experts
         if self._num_experts > MAX_EXPERTS:
             raise UnsupportedError("the fused steps", [f"{self._num_experts} experts, at most {MAX_EXPERTS}"])
-        self._hidden, self._intermediate = gate_up.k, down.k
-        self._first_kinds, self._second_kinds = kinds_of(gate_up, "gate_up"), kinds_of(down, "down")
-        self._gather_shape = _shape(self._hidden, self._first_kinds)
-        self._swiglu_shape = _shape(self._intermediate, self._second_kinds)
+        self._specs = StepSpecs.of(
+            arch=library.gpu.arch,
+            overlap=can_overlap(library.gpu.arch) if overlap is None else overlap,
+            hidden=gate_up.k,
+            intermediate=down.k,
+            gate_up=gate_up.schemes,
+            down=down.schemes,
+        )
         self._formats = torch.tensor(
             [
                 FORMAT_CODE[activation_kind(first)] | FORMAT_CODE[activation_kind(second)] << 8
@@ -75,10 +73,8 @@ class FusedSteps:
         positions, offsets = self._empty(*expert_ids.shape), self._empty(self._num_experts + 1)
         bits = 8 * ids.element_size()
         with torch.cuda.device(self._device):
-            self._library.step(CountSpec(arch=self._arch, overlap=self._overlap, id_bits=bits))(
-                ids, counts.data_ptr(), self._num_experts
-            )
-            self._library.step(PlaceSpec(arch=self._arch, overlap=self._overlap, id_bits=bits))(
+            self._library.step(self._specs.count(id_bits=bits))(ids, counts.data_ptr(), self._num_experts)
+            self._library.step(self._specs.place(id_bits=bits))(
                 ids, counts.data_ptr(), positions.data_ptr(), offsets.data_ptr(), self._num_experts
             )
         return Routing(offsets=offsets, positions=positions)
@@ -95,22 +91,15 @@ class FusedSteps:
             raise UnsupportedError("the fused gather", [f"top_k {top_k}, at most {MAX_TOP_K}"])
         ids, source = _ids(expert_ids), hidden if hidden.stride(1) == 1 else hidden.contiguous()
         found = routing or Routing(offsets=self._empty(self._num_experts + 1), positions=self._empty(tokens, top_k))
-        writes_formats = for_swiglu and len(self._second_kinds) > 1
-        formats = self._empty(tokens * top_k) if writes_formats else None
-        threads, vectors = self._gather_shape
-        spec = GatherSpec(
-            arch=self._arch,
-            overlap=self._overlap,
-            threads=threads,
-            vectors=vectors,
-            kinds=self._first_kinds,
-            aligned=_is_aligned(source, self._hidden),
+        spec = self._specs.gather(
             top_k=top_k,
             id_bits=8 * ids.element_size(),
             ranks=routing is None,
-            writes_formats=writes_formats,
+            for_swiglu=for_swiglu,
+            aligned=_is_aligned(source, self._specs.hidden),
         )
-        x = empty_activations(tokens * top_k, self._hidden, self._first_kinds, self._device)
+        formats = self._empty(tokens * top_k) if spec.writes_formats else None
+        x = empty_activations(tokens * top_k, self._specs.hidden, self._specs.first, self._device)
         with torch.cuda.device(self._device):
             self._library.step(spec)(
                 ids,
@@ -122,13 +111,13 @@ class FusedSteps:
                 0 if formats is None else formats.data_ptr(),
                 *x.addresses,
                 self._num_experts,
-                self._hidden,
+                self._specs.hidden,
             )
         return Routing(offsets=found.offsets, positions=found.positions, row_formats=formats), x
 
     def with_formats(self, routing: Routing, expert_ids: Tensor) -> Routing:
         """The routing with each row's format, by torch: for a gather that is not fused."""
-        if len(self._second_kinds) == 1:
+        if len(self._specs.second) == 1:
             return routing
         is_known = (expert_ids >= 0) & (expert_ids < self._num_experts)
         formats = self._formats[torch.where(is_known, expert_ids, self._num_experts).long()]
@@ -138,26 +127,13 @@ class FusedSteps:
 
     def swiglu(self, gate_up: Tensor, routing: Routing) -> Activations:
         """bf16 [rows, 2 * I] to silu(gate) * up, rounded once, in the form that its expert's second linear reads."""
-        x = empty_activations(len(gate_up), self._intermediate, self._second_kinds, self._device)
-        self._swiglu(gate_up, routing, x, self._second_kinds, gated=True)
+        x = empty_activations(len(gate_up), self._specs.intermediate, self._specs.second, self._device)
+        self._swiglu(gate_up, routing, x, self._specs.swiglu(aligned=_is_aligned(gate_up, self._specs.intermediate)))
         return x
 
-    def _swiglu(
-        self, source: Tensor, routing: Routing, x: Activations, kinds: tuple[ActivationKind, ...], *, gated: bool
-    ) -> None:
-        threads, vectors = self._swiglu_shape
-        spec = SwigluSpec(
-            arch=self._arch,
-            overlap=self._overlap,
-            threads=threads,
-            vectors=vectors,
-            kinds=kinds,
-            aligned=_is_aligned(source, self._intermediate),
-            gated=gated,
-            by_row=len(self._second_kinds) > 1,
-        )
+    def _swiglu(self, source: Tensor, routing: Routing, x: Activations, spec: SwigluSpec) -> None:
         formats = 0
-        if len(self._second_kinds) > 1:
+        if spec.by_row:
             if routing.row_formats is None:
                 raise SpecError("routing: expected each row's format, as gather with for_swiglu gives")
             formats = routing.row_formats.data_ptr()
@@ -169,18 +145,18 @@ class FusedSteps:
                 formats,
                 *x.addresses,
                 len(source),
-                self._intermediate,
+                self._specs.intermediate,
             )
 
     def quantize(self, product: Tensor, routing: Routing) -> Activations:
         """bf16 [rows, I], silu(gate) * up from a GEMM's epilogue, in the form that its expert's second linear reads."""
-        kinds = tuple(kind for kind in self._second_kinds if kind is not ActivationKind.BF16)
-        has_bf16 = len(kinds) < len(self._second_kinds)
-        if has_bf16 and not _is_aligned(product, self._intermediate):
+        kinds, aligned = self._specs.quantized, _is_aligned(product, self._specs.intermediate)
+        has_bf16 = len(kinds) < len(self._specs.second)
+        if has_bf16 and not aligned:
             raise SpecError(f"product: expected rows of whole vectors at 16 bytes, got {list(product.shape)}")
-        x = empty_activations(len(product), self._intermediate, kinds, self._device)
-        if kinds:
-            self._swiglu(product, routing, x, kinds, gated=False)
+        x = empty_activations(len(product), self._specs.intermediate, kinds, self._device)
+        if spec := self._specs.quantize(aligned=aligned):
+            self._swiglu(product, routing, x, spec)
         if not has_bf16:
             return x
         addresses = (product.data_ptr(), *x.addresses[1:])
@@ -193,15 +169,9 @@ class FusedSteps:
             raise UnsupportedError("the fused combine", [f"top_k {top_k}, at most {MAX_TOP_K}"])
         is_known = expert_weights.dtype in (torch.float32, torch.bfloat16)
         weights = (expert_weights if is_known else expert_weights.float()).contiguous()
-        out = torch.empty(tokens, self._hidden, dtype=torch.bfloat16, device=self._device)
-        spec = CombineSpec(
-            arch=self._arch,
-            overlap=self._overlap,
-            threads=COMBINE_THREADS,
-            top_k=top_k,
-            weight_bits=8 * weights.element_size(),
-            aligned=_is_aligned(y, self._hidden),
-        )
+        out = torch.empty(tokens, self._specs.hidden, dtype=torch.bfloat16, device=self._device)
+        aligned = _is_aligned(y, self._specs.hidden)
+        spec = self._specs.combine(top_k=top_k, weight_bits=8 * weights.element_size(), aligned=aligned)
         with torch.cuda.device(self._device):
             self._library.step(spec)(
                 routing.offsets,
@@ -211,7 +181,7 @@ class FusedSteps:
                 weights.data_ptr(),
                 out.data_ptr(),
                 tokens,
-                self._hidden,
+                self._specs.hidden,
             )
         return out
 
@@ -236,15 +206,6 @@ def empty_activations(rows: int, k: int, kinds: tuple[ActivationKind, ...], devi
             tensors.append(scales)
             addresses[ACTIVATION_ARGUMENT[kind] + 1] = scales.data_ptr()
     return Activations(num_tokens=rows, k=k, addresses=tuple(addresses), tensors=tuple(tensors))
-
-
-def _shape(columns: int, kinds: tuple[ActivationKind, ...]) -> tuple[int, int]:
-    """(threads, vectors) of a CTA that holds a row, padded as its forms are."""
-    padded = max(round_up(columns, X_K_MULTIPLE[kind]) for kind in kinds)
-    shape = row_shape(padded)
-    if shape is None:
-        raise UnsupportedError("the fused steps", [f"rows of {columns} values: no CTA holds one"])
-    return shape
 
 
 def _is_aligned(rows: Tensor, columns: int) -> bool:

@@ -40,6 +40,6 @@ def combine(y: Tensor, routing: Routing, expert_weights: Tensor) -> Tensor:
     """bf16 [rows, H] to bf16 [T, H]: each token's rows times floats [T, top_k], summed in float32."""
     tokens, top_k = routing.positions.shape
     is_ours = (routing.positions < routing.offsets[-1])[..., None]
-    rows = y[routing.positions.flatten()].view(tokens, top_k, -1)
+    rows = y[routing.positions.flatten()].view(tokens, top_k, y.shape[1])
     weighted = torch.where(is_ours, rows.float() * expert_weights.to(torch.float32)[..., None], 0.0)
     return weighted.sum(1).to(torch.bfloat16)

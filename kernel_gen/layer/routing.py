@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernel_gen.experts import Experts
 from kernel_gen.layouts import ActivationKind, activation_kind
 from profiles.errors import SpecError
+from profiles.schemes import QuantScheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,9 +31,11 @@ class Routing:
         return self.positions.numel()
 
 
-def kinds_of(experts: Experts, name: str) -> tuple[ActivationKind, ...]:
-    """The forms of tokens that these experts read, each once. SpecError where two cannot share a launch."""
-    used = {activation_kind(scheme) for scheme in experts.schemes}
+def kinds_among(schemes: Sequence[QuantScheme], name: str) -> tuple[ActivationKind, ...]:
+    """The forms of tokens that experts of these schemes read, each once. SpecError, naming the linear, where two cannot
+    share a launch.
+    """
+    used = {activation_kind(scheme) for scheme in schemes}
     if {ActivationKind.INT4, ActivationKind.INT4_GROUP} <= used:
         raise SpecError(f"{name}: int4 activations per token and per group cannot share a launch")
     return tuple(kind for kind in ActivationKind if kind in used)

@@ -55,7 +55,8 @@ exit status: 0 done, 2 a mistake that you can mend (one sentence on stderr), 130
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The request, and how to carry it out and show it. `guided`: measure by choice, not all. `again`: profiles of
-    which `num_launches` launches are measured anew, instead of what the request describes.
+    which `num_launches` launches are measured anew, instead of what the request describes. `build_only`: the kernels
+    are compiled into the cache, and that is all.
     """
 
     request: SweepRequest
@@ -66,6 +67,7 @@ class Options:
     guided: GuidedOptions | None
     again: tuple[Path, ...] = ()
     num_launches: int = DEFAULT_LAUNCHES
+    build_only: bool = False
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,6 +158,17 @@ def parser() -> argparse.ArgumentParser:
         help="kernels made by python -m kernel_gen.build, instead of compiling here",
     )
     how.add_argument(
+        "--build-only",
+        action="store_true",
+        help="compile the kernels that this sweep would measure into the cache, and stop: needs no GPU, and saves the"
+        " time of one that is lent",
+    )
+    how.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="models, linears and schemes in an order drawn by lot, so that a sweep that is cut short has some of each",
+    )
+    how.add_argument(
         "--time-limit",
         type=float,
         default=30.0,
@@ -202,6 +215,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     gpu = gpus.gpu(given.gpu)
     guided = guided_arguments.parse(given)
     _check_again(given)
+    _check_build_only(given)
     bundle = _bundle(given.bundle, gpu)
     effort = Effort(given.effort)
     if given.seed < 0:
@@ -230,6 +244,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         limit_s=given.time_limit,
         tries=given.launches or DEFAULT_LAUNCHES if given.again else given.tries,
         families=families,
+        shuffle=given.shuffle,
     )
     return Options(
         request=request,
@@ -240,7 +255,22 @@ def parse(argv: Sequence[str] | None) -> Options:
         guided=guided,
         again=tuple(given.again or ()),
         num_launches=given.launches or DEFAULT_LAUNCHES,
+        build_only=given.build_only,
     )
+
+
+def _check_build_only(given: argparse.Namespace) -> None:
+    """SpecError for options that do not go with --build-only."""
+    if not given.build_only:
+        return
+    if given.guided or given.worth:
+        raise SpecError(
+            "--build-only builds every candidate, and --guided measures few: leave out --guided and --worth"
+        )
+    if given.bundle is not None or given.ray is not None or given.backend == Backend.PREDICT.value:
+        raise SpecError(
+            "--build-only fills this machine's cache for measuring: leave out --bundle, --ray and --backend predict"
+        )
 
 
 def _check_again(given: argparse.Namespace) -> None:

@@ -44,10 +44,7 @@ def choose(request: SweepRequest, backend: Backend, ray_address: str | None = No
     if backend is Backend.PREDICT:
         return Choice(source=Source.PREDICTED)
     if ray_address is not None:
-        is_there, found = (
-            bool(cluster.num_gpus(ray_address)),
-            "no GPU in the Ray cluster",
-        )  # which GPU, each actor looks
+        is_there, found = bool(cluster.num_gpus(ray_address)), "no GPU in the Ray cluster"  # each actor looks which
     else:
         installed = installed_gpus()
         is_there, found = bool(matching_gpus(request.gpu, installed)), describe(installed)

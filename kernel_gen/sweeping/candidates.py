@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch
 from kernel_gen.kernels.spec import KernelSpec
+from kernel_gen.select import table_size
 from profiles.gpus import GpuSpec
 from profiles.kernels import GemmShape, KernelConfig
 from profiles.loads import TokenLoad
 from profiles.records import ProfileRecord, Source, Status, candidate_key
 from profiles.schemes import QuantScheme
-
-MIN_EXPERT_SLOTS = 256
-"""Kernels are built for at least this many experts, so that one build serves every model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +38,8 @@ class Workload:
 
     @property
     def max_experts(self) -> int:
-        """The expert slots that the kernel is built with: a power of two."""
-        return max(MIN_EXPERT_SLOTS, 1 << (self.num_experts - 1).bit_length())
+        """The expert slots that the kernel is built with."""
+        return table_size(self.num_experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

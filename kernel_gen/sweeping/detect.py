@@ -40,12 +40,8 @@ def installed_gpus() -> tuple[InstalledGpu, ...]:
 
 
 def matching_gpus(spec: GpuSpec, installed: Sequence[InstalledGpu]) -> tuple[InstalledGpu, ...]:
-    """Those of `installed` that are `spec`: the same compute capability, and every word of the name, so that an H100 is
-    not taken for an H200.
-    """
-    return tuple(
-        gpu for gpu in installed if gpu.compute_capability == spec.compute_capability and _is_named(spec, gpu.name)
-    )
+    """Those of `installed` that are `spec` (`GpuSpec.is_called`)."""
+    return tuple(gpu for gpu in installed if spec.is_called(gpu.name, gpu.compute_capability))
 
 
 def describe(installed: Sequence[InstalledGpu]) -> str:
@@ -77,23 +73,3 @@ def _visible(gpus: tuple[InstalledGpu, ...], listed: str | None) -> tuple[Instal
             break
         chosen += found
     return tuple(chosen)
-
-
-def _is_named(spec: GpuSpec, driver_name: str) -> bool:
-    """Whether "rtx4090" is "NVIDIA GeForce RTX 4090": the name, without spaces and marks, stands in the driver's, and
-    ends where a word ends.
-
-    "l40s" must not match "L40", nor "rtx4090" an "RTX 4090 D" or "RTX 4090 Laptop GPU", which have fewer SMs. Suffixes
-    that change memory or form factor only ("HBM3", "80GB", "PCIE", "SXM4-40GB") are allowed.
-    """
-    words = driver_name.lower().replace("-", " ").split()
-    wanted = spec.name.lower()
-    for start in range(len(words)):
-        for end in range(start + 1, len(words) + 1):
-            if "".join(words[start:end]) == wanted:
-                rest = words[end:]
-                return all(word in _SAME_CHIP or word.rstrip("gb").isdigit() for word in rest)
-    return False
-
-
-_SAME_CHIP = frozenset({"sxm", "sxm2", "sxm3", "sxm4", "sxm5", "pcie", "hbm2e", "hbm3", "hbm3e", "nvl"})

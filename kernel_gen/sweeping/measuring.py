@@ -128,14 +128,17 @@ class GpuBench:
         return WorkerPool(factories, limit_s=self._limit_s)
 
 
+def wanted(request: SweepRequest, cells: Sequence[Cell]) -> list[Candidate]:
+    """What a sweep measures: each cell's most promising configurations."""
+    tries = request.tries or TRIES_PER_CELL[request.effort]
+    return [cell.candidate(config) for cell in cells for config in cell.configs[:tries]]
+
+
 def measure(
     request: SweepRequest, cells: Sequence[Cell], bench: Bench, had: Mapping[str, ProfileRecord], *, live: bool
 ) -> Iterator[ProfileRecord]:
-    """A row for each cell's most promising configurations: those that the profile has as they are, the others measured
-    now.
-    """
-    tries = request.tries or TRIES_PER_CELL[request.effort]
-    candidates = [cell.candidate(config) for cell in cells for config in cell.configs[:tries]]
+    """A row for each candidate that is `wanted`: those that the profile has as they are, the others measured now."""
+    candidates = wanted(request, cells)
     bench.build(candidates, live=live)
     remaining: list[Candidate] = []
     found_of: dict[Candidate, Built] = {}

@@ -71,7 +71,8 @@ class Mix:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRequest:
     """Everything a sweep depends on. `loads` are generators' names or traces' paths; `limit_s` bounds one candidate;
-    `tries` configurations are measured per workload and load, as many as the effort says by default.
+    `tries` configurations are measured per workload and load, as many as the effort says by default. `shuffle`:
+    workloads in an order drawn by lot, each with all of its loads.
     """
 
     gpu: GpuSpec
@@ -88,6 +89,7 @@ class SweepRequest:
     limit_s: float = 30.0
     tries: int | None = None
     families: tuple[Family, ...] = ALL_FAMILIES
+    shuffle: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,18 +137,21 @@ def default_schemes(
 
 
 def plan(request: SweepRequest) -> list[Cell]:
-    """Every cell, workload by workload, its configurations ranked.
+    """Every cell, workload by workload (what is prepared for one serves all of its loads), its configurations ranked.
 
     UnsupportedError, with every reason, for a scheme or mix without a legal configuration; SpecError for loads that do
     not fit a model.
     """
-    cells: list[Cell] = []
+    by_workload: list[list[Cell]] = []
     for model in request.models:
         for linear in request.linears:
             cases = list(load_cases(request, model, linear))
             for workload in _workloads(request, model, linear):
-                cells += _ranked(request, workload, cases)
-    return cells
+                by_workload.append(_ranked(request, workload, cases))
+    if request.shuffle:
+        order = np.random.default_rng(request.seed).permutation(len(by_workload))
+        by_workload = [by_workload[index] for index in order]
+    return [cell for cells in by_workload for cell in cells]
 
 
 def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[LoadCase]:

@@ -4,13 +4,10 @@ out.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from kernel_gen.sweeping import report
 from kernel_gen.sweeping.candidates import Workload
@@ -109,7 +106,7 @@ def _stored(store: ProfileStore, path: Path, source: Source) -> dict[str, Profil
     """The rows of this kind by key. DataError for predictions of another version of the analytic model: old and new
     would be compared.
     """
-    had = {record.key: record for record in (ProfileRecord.from_row(row) for row in _plain_rows(store, source))}
+    had = {record.key: record for record in store.load(source=source)}
     if source is Source.PREDICTED:
         for record in had.values():
             if record.versions.get("analytic") != analytic_digest():
@@ -118,14 +115,6 @@ def _stored(store: ProfileStore, path: Path, source: Source) -> dict[str, Profil
                     " choose another --out, or move it away"
                 )
     return had
-
-
-def _plain_rows(store: ProfileStore, source: Source) -> Iterator[dict[str, object]]:
-    """Stored rows as `ProfileRecord.from_row` takes them: lists and plain numbers, None for what is absent."""
-    for row in store.records(source=source).to_dict("records"):
-        plain = {str(name): value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-        absent = {name: None for name, value in plain.items() if isinstance(value, float) and math.isnan(value)}
-        yield plain | absent
 
 
 def _stored_schemes(work: Workload) -> tuple[object, ...]:

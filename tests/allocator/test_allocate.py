@@ -149,6 +149,13 @@ def files(tmp_path: Path) -> tuple[Path, list[str]]:
     return out, ["--sensitivity", str(tmp_path / "s.parquet"), "--cost", str(tmp_path / "c.parquet"), "--out", str(out)]
 
 
+def test_a_linear_without_a_latency_is_named() -> None:
+    table = a_cost_table().frame()
+    some = type(a_cost_table())(table[table["linear"] != "down"])
+    with pytest.raises(DataError, match="layer 0 expert 0 down has no scheme left"):
+        allocate(a_sensitivity(), some, Budget(avg_weight_bits=4.0))
+
+
 def test_the_command_writes_what_the_function_returns(
     files: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +185,18 @@ def test_the_command_prints_one_json_object(files: tuple[Path, list[str]], capfd
     assert content["predicted_loss"] == Allocation.read(out).predicted_loss
 
 
+def test_pinned_layers_keep_their_scheme(files: tuple[Path, list[str]]) -> None:
+    out, arguments = files
+    pins = ["--pin", "0=w8a16_g-1_sym", "--pin", "1-2=w4a16_g128_asym"]
+    assert main([*arguments, "--budget-bits", "6", *pins]) == 0
+    found = Allocation.read(out).assignment
+    assert {(block.layer, scheme.name) for block, scheme in found.items()} == {
+        (0, "w8a16_g-1_sym"),
+        (1, "w4a16_g128_asym"),
+        (2, "w4a16_g128_asym"),
+    }
+
+
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
@@ -196,6 +215,17 @@ def test_the_command_prints_one_json_object(files: tuple[Path, list[str]], capfd
         (["--budget-bits", "4", "--model", "gpt-9"], "gpt-9"),
         (["--budget-bits", "4", "--sensitivity", "nowhere.parquet"], "nowhere.parquet: no such file"),
         (["--budget-bits", "4", "--out", "nowhere/a.json"], "its folder does not exist"),
+        (["--budget-bits", "4", "--out", "."], "--out .: it is a folder"),
+        (["--budget-bytes", "10"], "avg_bits of 1 is 37,748,736 bytes here"),
+        (["--max-latency", "decode=9", "--max-latency", "decode=10"], "decode has a limit already, of 9 us"),
+        (["--budget-bits", "4", "--pin", "0"], "--pin 0: it is LAYER=SCHEME"),
+        (["--budget-bits", "4", "--pin", "0-9=w16a16"], "it has 3 layers from 0 to 2"),
+        (["--budget-bits", "4", "--pin", "2-1=w16a16"], "the sensitivity has no such layers"),
+        (
+            ["--budget-bits", "4", "--pin", "0-1=w16a16", "--pin", "1=w4a4_g-1_sym"],
+            "layer 1 is pinned to w16a16 already",
+        ),
+        (["--budget-bits", "4", "--pin", "0=w16a16"], "the budget cannot be met"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(

@@ -179,6 +179,10 @@ def test_command_says_then_prices(files: list[str], capsys: pytest.CaptureFixtur
     assert "experts need symmetric weights" in price["refused"]["w4a16_g128_asym"]
     assert price["loss_ratio"] >= 1
     assert main([*files, "--format", "native"]) == 0
+    capsys.readouterr()
+    assert main([*files, "--format", "gptq", "--json"]) == 0
+    assert "no weights: quantise with GPTQModel" in json.loads(capsys.readouterr().out)["written"]
+    assert main([*files, "--format", "native"]) == 0
     assert Allocation.read(files[-1]) == Allocation.read(files[1])
 
 
@@ -188,6 +192,7 @@ def test_command_says_then_prices(files: list[str], capsys: pytest.CaptureFixtur
         (["--target", "trtllm", "--format", "gptq"], "trtllm does not load mixed precisions from gptq; it does from"),
         (["--target", "vllm", "--format", "native"], "vllm does not load bitile's own form"),
         (["--target", "vllm"], "the budget cannot be met"),
+        (["--weights", "--format", "modelopt"], "not modelopt; without it there is a configuration, no weights"),
         (["--out", "/nowhere/x.json"], "its folder does not exist"),
         (["--allocation", "nothing.json"], "no such file"),
     ],

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import allocator
 from allocator import Allocation, Budget, Options, Sensitivity, allocate
 from profiles import schemes
 from profiles.errors import DataError, SpecError
 from profiles.models import Linear, LinearId
+from profiles.schemes import KERNEL_SCHEMES
 from tests.allocator.tables import a_cost_table, a_sensitivity
 
 
@@ -79,6 +81,13 @@ def test_broken_sensitivities_are_refused(column: str, value: object, says: str)
         Sensitivity(frame)
 
 
+def test_numbers_as_text_are_refused(tmp_path: Path) -> None:
+    frame = a_sensitivity().frame()
+    frame.assign(loss=frame["loss"].astype(str)).to_parquet(tmp_path / "s.parquet", index=False)
+    with pytest.raises(DataError, match="loss is text"):
+        Sensitivity.read(tmp_path / "s.parquet")
+
+
 def test_rows_that_are_twice_or_missing_are_refused() -> None:
     frame = a_sensitivity().frame()
     with pytest.raises(DataError, match="two rows for layer 0, expert 0"):
@@ -132,7 +141,41 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda a: a.update(budget=None), "type"),
     (lambda a: a["budget"].update(avg_weight_bits=-4), "positive"),
     (lambda a: a.update(granularity="tile"), "tile"),
+    (lambda a: a.update(author="me"), "has no field 'author'"),
+    (lambda a: a["assignment"][0].__setitem__(0, -1), "layer -1 expert"),
+    (lambda a: a["assignment"][0].__setitem__(1, -2), "expert -2, which cannot be"),
+    (lambda a: a["budget"].update(avg_weight_bits=None, weight_bytes=9), "exceeds its budget 9"),
 ]
+SCHEMA = json.loads((Path(allocator.__file__).parent / "allocation.schema.json").read_text())
+
+
+def test_the_schema_is_the_files(allocation: Allocation) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    content = json.loads(json.dumps(allocation.to_json()))
+    jsonschema.validate(content, SCHEMA)
+    assert set(SCHEMA["properties"]) == set(SCHEMA["required"]) == set(content)
+    assert SCHEMA["properties"]["schema_version"]["const"] == content["schema_version"]
+    for scheme in KERNEL_SCHEMES:
+        jsonschema.validate(scheme.name, SCHEMA["$defs"]["scheme"])
+
+
+IN_SCHEMA = [
+    edit for edit, says in EDITS if says not in ("do not fit loss", "a linear twice", "mma") and "exceeds" not in says
+]
+
+
+@pytest.mark.parametrize("edit", IN_SCHEMA)
+def test_what_breaks_a_type_breaks_the_schema_too(
+    allocation: Allocation, edit: Callable[[dict[str, Any]], Any]
+) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    content = json.loads(json.dumps(allocation.to_json()))
+    edit(content)
+    if content.get("gap") != content.get("gap"):
+        return  # JSON has no NaN
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, SCHEMA)
 
 
 @pytest.mark.parametrize(("edit", "says"), EDITS)

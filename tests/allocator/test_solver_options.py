@@ -212,6 +212,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"loss": np.where(np.arange(3) == 1, -np.inf, LOSS)}, "-inf"),
     ({"loss": [["a", "b", "c"]]}, "loss must be an array of numbers"),
     ({"avg_bits": "3"}, "avg_bits must be an array of numbers"),
+    ({"loss": np.ones((4, 3), dtype=complex)}, "loss must be an array of numbers"),
+    ({"latency_us": LATENCY, "max_latency_us": [1.0, 1.0], "scenarios": ["a", "a"]}, "scenarios must differ"),
     ({"loss": np.full((4, 3), 1e308)}, "loss is too large"),
     ({"loss": np.full((4, 3), np.inf)}, "no allowed scheme"),
     ({"weight_bits": [2.0, 4.0]}, "weight_bits"),

@@ -17,7 +17,7 @@ from allocator.verify import Verification
 from profiles import schemes
 from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu
-from profiles.loads import TokenLoad
+from profiles.loads import TokenLoad, log_normal
 from profiles.models import model
 from profiles.records import Status
 from tests.allocator.benches import MadeUpBench
@@ -200,14 +200,48 @@ def test_loads() -> None:
     rng = np.random.default_rng(0)
     trace = {i: TokenLoad(tokens_per_expert=tuple(rng.permutation(60).tolist()), source="t") for i in range(3)}
     load = typical_load(trace, QWEN, 1000, "decode")
+    assert load == typical_load(trace, QWEN, 1000, "decode")
     counts = np.array(load.tokens_per_expert)
     assert load.total == 4000
     assert np.all(np.diff(counts) <= 0)
-    assert np.allclose(counts, 4000 * np.arange(59, -1, -1) / 1770, atol=1)
+    assert np.allclose(counts, 4000 * np.arange(59, -1, -1) / 1770, atol=12)  # the busiest of equals has more
     one_hot = {0: TokenLoad(tokens_per_expert=(100, *(0,) * 59), source="t")}
     crowded = typical_load(one_hot, QWEN, 10, "x")  # a token goes to four different experts
     assert crowded.total == 40
     assert crowded.max == 10
+    with pytest.raises(SpecError, match="at least 1 token"):
+        typical_load(trace, QWEN, 0, "x")
+    for bad in (
+        {},
+        {0: TokenLoad(tokens_per_expert=(0,) * 60, source="t")},
+        {0: TokenLoad(tokens_per_expert=(1,), source="t")},
+    ):
+        with pytest.raises(DataError, match="the 60 experts of"):
+            typical_load(bad, QWEN, 8, "x")
+
+
+@pytest.mark.parametrize("name", ["qwen1.5-moe-a2.7b", "mixtral-8x7b", "deepseek-v3"])
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 64, 512])
+def test_a_typical_load_has_as_many_active_experts_as_real_draws(name: str, num_tokens: int) -> None:
+    """The law of independent tokens, and draws by another way of routing: Gumbel top-k of the logits."""
+    shape = model(name)
+    trace = {layer: log_normal(shape.num_experts, 8192, shape.top_k, layer) for layer in range(4)}
+    load = typical_load(trace, shape, num_tokens, "decode")
+    assert load.total == num_tokens * shape.top_k
+    assert load.max <= num_tokens
+    shares = [np.array(one.tokens_per_expert) / one.total for one in trace.values()]
+    expected = np.mean([np.sum(1 - (1 - np.minimum(1, shape.top_k * share)) ** num_tokens) for share in shares])
+    assert abs(load.num_active - expected) <= 1.5  # rounding alone is half an expert, 64 draws a layer the rest
+    drawn = [
+        np.bincount(
+            np.argsort(-(np.log(share) + rng.gumbel(size=(num_tokens, len(share)))))[:, : shape.top_k].ravel(),
+            minlength=len(share),
+        )
+        for share in shares
+        for rng in map(np.random.default_rng, range(20))
+    ]
+    assert abs(load.num_active - np.mean([np.count_nonzero(counts) for counts in drawn])) <= 2.5
+    assert load.max == pytest.approx(np.mean([counts.max() for counts in drawn]), rel=0.15, abs=1)
 
 
 def test_predicted_and_profiled_tables_agree() -> None:

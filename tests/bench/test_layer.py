@@ -1,36 +1,60 @@
 """bench.layer without a GPU: allocations, cells, what is compiled, and the report of rows like those it measures."""
 
+import contextlib
+
 import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from bench.kernel_sets import shared  # noqa: E402
 from bench.layer import report  # noqa: E402
 from bench.layer.__main__ import main  # noqa: E402
-from bench.layer.allocations import ALLOCATIONS, BF16, MIX_BITS, MIXED, UNIFORM, Group, allocation, total_bits  # noqa: E402
+from bench.layer.allocations import ALLOCATIONS, BF16, MIXED, UNIFORM, Group, allocation, average_bits  # noqa: E402
+from bench.layer.building import Plan, left_out, specs_needed, steps_needed  # noqa: E402
 from bench.layer.cells import Cell, Given  # noqa: E402
-from bench.layer.contenders import Variant, launches_of, per_expert  # noqa: E402
-from bench.layer.layers import torch_layer  # noqa: E402
-from bench.layer.measuring import read_measured, specs_needed  # noqa: E402
+from bench.layer.contenders import FUSIONS, Variant  # noqa: E402
+from bench.layer.layers import SteppedLayer, torch_layer  # noqa: E402
+from bench.layer.measuring import read_measured  # noqa: E402
 from bench.layer.reference import expected_output  # noqa: E402
 from bench.layer.weights import LayerWeights, SchemeShare, num_sets  # noqa: E402
+from kernel_gen.moe import Fusion  # noqa: E402
 from profiles.errors import DataError, SpecError  # noqa: E402
 from profiles.gpus import gpu  # noqa: E402
-from profiles.models import Linear, MoeShape  # noqa: E402
+from profiles.models import Linear, MoeShape, model  # noqa: E402
 
 CELL = Cell(model="qwen1.5-moe-a2.7b", tokens=16)
 
 
-@pytest.mark.parametrize("num_experts", [8, 60, 128])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b"])
 @pytest.mark.parametrize("mix", MIXED, ids=lambda mix: mix.name)
-def test_a_mix_is_as_large_as_it_may_be(mix, num_experts) -> None:
-    schemes = mix.per_expert(num_experts, 2048, seed=0)
-    bits = total_bits(schemes, 2048) / num_experts
-    step = mix.high.bits_per_weight(2048) - mix.middle.bits_per_weight(2048)
-    assert len(schemes) == num_experts
-    assert bits <= MIX_BITS < bits + step / num_experts
-    assert len(set(schemes)) <= 4
-    assert schemes != mix.per_expert(num_experts, 2048, seed=1) or num_experts == 8
+def test_a_mix_follows_the_rule(mix, name) -> None:
+    shape, cell = model(name), Cell(model=name, tokens=16)
+    popularity = cell.popularity()
+    found = mix.schemes(shape, popularity)
+    assert average_bits(found, shape) <= mix.max_bits
+    order = sorted(range(shape.num_experts), key=lambda expert: popularity[expert])
+    for schemes in found.values():
+        assert len(schemes) == shape.num_experts
+        assert len(set(schemes)) <= 4
+        least, most = schemes[order[0]], schemes[order[-1]]
+        assert least == (mix.low[0][0] if mix.low else mix.middle)
+        assert most in (mix.high, mix.middle)
+    if mix.high is not None:  # not one more linear can have it
+        raised = sum(schemes.count(mix.high) for schemes in found.values())
+        step = average_bits(uniform(shape, mix.high, Linear.DOWN, mix.middle), shape) - average_bits(
+            uniform(shape, mix.middle, Linear.DOWN, mix.middle), shape
+        )
+        assert raised == 2 * shape.num_experts or average_bits(found, shape) + step / shape.num_experts > mix.max_bits
+
+
+def uniform(shape, scheme, linear, other):
+    """One linear's experts in a scheme, the rest in another."""
+    return {each: (scheme if each is linear else other,) * shape.num_experts for each in Linear}
+
+
+def test_an_allocation_does_not_know_the_batch() -> None:
+    assert Cell(model=CELL.model, tokens=1).schemes(MIXED[0]) == Cell(model=CELL.model, tokens=8192).schemes(MIXED[0])
 
 
 def test_groups_and_names() -> None:
@@ -38,7 +62,7 @@ def test_groups_and_names() -> None:
     assert {item.group for item in UNIFORM} == {Group.UNIFORM}
     assert {item.group for item in MIXED} == {Group.MIXED}
     assert [allocation(item.name) for item in ALLOCATIONS] == list(ALLOCATIONS)
-    with pytest.raises(SpecError, match="allocation 'none': known are w16a16"):
+    with pytest.raises(SpecError, match="allocation 'none': known are w16a16; "):
         allocation("none")
 
 
@@ -51,16 +75,90 @@ def test_a_cell_draws_the_same_every_time() -> None:
     assert CELL.counts() == given.counts
 
 
-def test_every_launch_of_a_mix_is_compiled() -> None:
-    mix, h200 = MIXED[0], gpu("h200")
-    launches = list(launches_of(mix, CELL, CELL.counts()))
-    assert [len(schemes) for _, schemes, _ in launches if len(set(schemes)) > 1] == [60, 60]
-    for linear in Linear:
-        parts = [sum(counts) for found, schemes, counts in launches if found is linear and len(set(schemes)) == 1]
-        assert sum(parts) == 64
-    specs = specs_needed([CELL], [mix], h200, num_configs=2)
+def plan(*names: str, tokens: int = 16, **options) -> Plan:
+    cells = (Cell(model=CELL.model, tokens=tokens),)
+    fusions = options.pop("fusions", (FUSIONS["all"],))
+    return Plan(
+        cells=cells,
+        allocations=tuple(map(allocation, names)),
+        gpu=gpu("h200"),
+        num_configs=2,
+        fusions=fusions,
+        **options,
+    )
+
+
+def test_every_launch_is_built_before() -> None:
+    mix = MIXED[0]
+    specs = specs_needed(plan(mix.name))
     assert {len(spec.schemes) for spec in specs} == {1, 3}
     assert len(set(specs)) == len(specs)
+    whole = [spec for spec in specs if len(spec.schemes) == 3]
+    assert {(spec.swiglu, spec.overlap) for spec in whole} == {(True, True), (False, True)}
+    shares = [spec for spec in specs if spec.schemes == (mix.middle,)]
+    assert {spec.overlap for spec in shares} == {True, False}  # one after the other, and on streams
+    four = specs_needed(plan(mix.name, fusions=tuple(FUSIONS.values())))
+    assert {(spec.swiglu, spec.overlap) for spec in four} == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_launches_share_their_kernels() -> None:
+    a, b, c, d = "abcd"
+    assert shared([(a, b, c), (d, b, a), (c, b, d)], 1) == [b]
+    assert shared([(a, b), (c, d)], 1) in ([a, c], [b, d], [a, d], [b, c])
+    assert shared([(a,), ()], 3) == [a]
+    assert set(shared([(a, b, c, d), (d, c, b, a)], 2)) in ({a, b}, {b, c}, {a, c}, {a, d}, {b, d}, {c, d})
+
+
+def test_a_mix_of_one_scheme_is_none() -> None:
+    mixtral = Plan(
+        cells=(Cell(model="mixtral-8x7b", tokens=16),),
+        allocations=(allocation("w4a8/w8a8 fp8"), allocation("w4a8/w8a8 int8 by row")),
+        gpu=gpu("h200"),
+        num_configs=1,
+        fusions=(FUSIONS["four"],),
+    )
+    assert [each.name for each in mixtral.of(mixtral.cells[0])] == ["w16a16", "w4a8/w8a8 int8 by row"]
+
+
+def test_fusions_are_left_out_one_by_one() -> None:
+    assert len(left_out(FUSIONS["all"])) == 6
+    assert Fusion.EPILOGUE not in left_out(Fusion.ALL)[list(Fusion).index(Fusion.SWIGLU)]
+    assert len(left_out(FUSIONS["four"])) == 4
+
+
+class Recording:
+    """A library on no GPU: it hands out steps that do nothing, and remembers which."""
+
+    def __init__(self) -> None:
+        self.gpu, self.bundle, self.asked = gpu("h200"), None, set()
+
+    def step(self, spec):
+        self.asked.add(spec)
+        return lambda *arguments: None
+
+
+@pytest.mark.parametrize("tokens", [16, 2048])
+@pytest.mark.parametrize("name", ["w16a16", "w2a16/w4a8/w8a8 fp8"])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_the_steps_that_run_are_built_before(name, tokens, interleaved, tiny, monkeypatch) -> None:
+    """What the layers really ask their library for, on the CPU, is among what was planned."""
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("bench.layer.cells.model", lambda name: tiny)
+    mix, library = allocation(name), Recording()
+    wanted = plan("w16a16", name, tokens=tokens, fusions=(FUSIONS["all" if interleaved else "overlap"],))
+    cell, weights = wanted.cells[0], LayerWeights(tiny, "cpu")
+    schemes = cell.schemes(mix)
+    pair = (
+        weights.experts(Linear.GATE_UP, schemes[Linear.GATE_UP], interleaved=interleaved),
+        weights.experts(Linear.DOWN, schemes[Linear.DOWN]),
+    )
+    given = cell.given("cpu")
+    layer = SteppedLayer(*pair, library, overlap=True)
+    routing, x = layer.dispatch(given.hidden, given.ids)
+    layer.product(torch.zeros(x.num_tokens, layer.first_columns, dtype=torch.bfloat16), routing)
+    layer.steps.combine(torch.zeros(x.num_tokens, 64, dtype=torch.bfloat16), routing, given.weights)
+    assert library.asked
+    assert library.asked <= set(steps_needed(wanted))
 
 
 def test_sets_keep_l2_cold() -> None:
@@ -98,7 +196,7 @@ def test_the_reference_is_the_moe_of_the_real_weights(tiny) -> None:
     given = Given(
         hidden=torch.randn(2, 64).to(torch.bfloat16), ids=ids, weights=torch.tensor([[1.0, 0.0], [0.5, 2.0]]), counts=()
     )
-    schemes = [[MIXED[0].middle] * 6, [BF16.middle] * 6]
+    schemes = {Linear.GATE_UP: (MIXED[0].middle,) * 6, Linear.DOWN: (BF16.middle,) * 6}
     found = expected_output(weights, schemes, given)
 
     def expert(token: int, index: int) -> torch.Tensor:
@@ -143,7 +241,9 @@ def test_torchs_layer_is_the_moe(monkeypatch) -> None:
     assert torch.allclose(found.float(), expected, atol=0.5, rtol=0.02)
 
 
-def row(allocation_name: str, latency_us: float, *, variant=Variant.OURS, tokens=16, part="", status="ok"):
+def row(
+    allocation_name: str, latency_us: float, *, variant=Variant.OURS, tokens=16, part="", status="ok", fusions="four"
+):
     return {
         "model": CELL.model,
         "tokens": tokens,
@@ -152,6 +252,7 @@ def row(allocation_name: str, latency_us: float, *, variant=Variant.OURS, tokens
         "group": allocation(allocation_name).group.value,
         "variant": variant.value,
         "part": part,
+        "fusions": fusions if variant is Variant.OURS else "",
         "configs": "",
         "avg_bits": 4.25,
         "status": status,
@@ -177,6 +278,7 @@ def rows() -> pd.DataFrame:
             row(BF16.name, 200.0),
             row(BF16.name, 180.0, variant=Variant.TORCH_OUR_STEPS),
             row(mix, 50.0),
+            row(mix, 40.0, fusions="all"),
             row(mix, 75.0, variant=Variant.PER_SCHEME),
             row(mix, 60.0, variant=Variant.STREAMS),
             row(mix, 55.0, part="without swiglu"),
@@ -197,6 +299,7 @@ def test_the_report_compares_with_the_fastest_bf16_layer(rows) -> None:
     assert split["gain, a launch a scheme, on streams"] == pytest.approx(1.2)
     assert report.parts(rows).iloc[0][["gather", "gemm 1"]].tolist() == [4.0, 26.0]
     assert report.fusions(rows).iloc[0]["without swiglu"] == pytest.approx(1.1)
+    assert report.choices(rows).iloc[-1]["all"] == pytest.approx(1.25)
 
 
 def test_the_command_reports_what_was_measured(rows, tmp_path, capsys) -> None:
@@ -219,11 +322,11 @@ def test_mistakes_are_one_sentence(tmp_path, capsys) -> None:
     with pytest.raises(DataError, match="it lacks tokens"):
         read_measured(tmp_path / "layer.parquet")
     assert main(["--measure", "--allocations", "none", "--out", str(tmp_path)]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err or torch.cuda.is_available()
+    assert main(["--build", "--allocations", "none"]) == 2
     assert "allocation 'none'" in capsys.readouterr().err
-
-
-def test_each_linear_has_its_own_draw() -> None:
-    assert per_expert(MIXED[0], CELL, Linear.GATE_UP) != per_expert(MIXED[0], CELL, Linear.DOWN)
+    assert main(["--build", "--fusions", "most"]) == 2
+    assert "--fusions: unknown most; known are four, epilogue, overlap, all" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

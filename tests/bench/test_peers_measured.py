@@ -15,7 +15,7 @@ import pytest
 from bench.peers.__main__ import main
 from bench.peers.published import Peer
 from bench.peers.recorded import read_launches
-from bench.peers.roofline import PeerClass
+from bench.peers.roofline import PEER_LAUNCH_FLOOR_US, PeerClass
 from bench.peers.routing import Draw
 from profiles import kernels
 from profiles.errors import DataError, UnsupportedError
@@ -52,7 +52,7 @@ class FakeClock:
             median_us=median, p20_us=median, p80_us=median, num_samples=10, sm_clock_mhz=1980.0, reference_ratio=1.0
         )
 
-    def time_single(self, launch: Callable[[], None]) -> float:
+    def time_single(self, launch: Callable[[], None], samples: int = 30) -> float:
         launch()
         return 100.0 + len(self.timed)
 
@@ -147,6 +147,41 @@ def test_contenders_take_turns_and_failures_are_rows() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_of_our_configurations_the_fastest_alone_go_on() -> None:
+    from bench.peers.measuring import FINALISTS, _finalists
+
+    class Slow(FakeClock):
+        def time_single(self, launch: Callable[[], None], samples: int = 30) -> float:
+            launch()
+            return self.next.pop(0)
+
+    slow, ran = Slow(), []
+    slow.next = [5.0, 3.0, 9.0, 4.0]
+    ready = [
+        (SimpleNamespace(name=name, config=name), SimpleNamespace(launches=[lambda name=name: ran.append(name)]))
+        for name in ("torch", "a", "b", "c", "d")
+    ]
+    for pair in ready[1:]:
+        pair[0].name = "bitile"
+    found = [contender.config for contender, _ in _finalists(ready, slow)]
+    assert ran == ["a", "b", "c", "d"]
+    assert found == ["b", "d", "torch"]
+    assert len(found) == FINALISTS + 1
+
+
+def test_configurations_come_from_the_model_and_from_recordings(tmp_path: Path) -> None:
+    from bench.peers.measuring import our_configs
+    from profiles.gpus import gpu
+
+    recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
+    names = [config.name for config in our_configs(cell("w16a16"), gpu("h200"), recorded, 4)]
+    assert names[1] == CONFIG
+    assert len(set(names)) == 4
+    other = [config.name for config in our_configs(cell("w4a16_g128_sym"), gpu("h200"), recorded, 4)]
+    assert len(set(other)) == 4
+
+
+@pytest.mark.usefixtures("tiny")
 def test_after_a_lost_context_nothing_more_runs() -> None:
     rows, fake = measured("w8a8_g-1_sym_e4m3", {OTHER: "lost"})
     assert fake.clock.timed == []
@@ -192,6 +227,8 @@ def test_without_a_gpu_a_measured_run_is_refused(capsys: pytest.CaptureFixture[s
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     path = profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])
+    assert main([str(path), "--build", "--tokens", "0"]) == 2
+    assert "--tokens 0: expected whole numbers" in capsys.readouterr().err
     assert main([str(path), "--measure", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "--measure: torch sees no GPU; leave it out to compare recorded launches\n"
     assert not (tmp_path / "out").exists()
@@ -199,7 +236,7 @@ def test_without_a_gpu_a_measured_run_is_refused(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
-    from bench.peers.measured_report import against_published, best, measured_markdown
+    from bench.peers.measured_report import against_published, best, measured_markdown, of_roofline
     from bench.peers.measuring import measure, read_measured
 
     recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
@@ -215,8 +252,16 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     peer = Peer(name="X", latency_us=1.0, fraction=0.5)
     cells = against_published(found, {(MODEL, "gate_up", 16, PeerClass.W4A16): peer})
     own = found[(found["scheme"] == "w4a16_g128_sym") & (found["contender"] == "bitile")]
-    assert list(cells["ratio"]) == pytest.approx([own["roofline_us"].iloc[0] / own["single_us"].min() / 0.5])
+    assert list(cells["ratio_raw"]) == pytest.approx([own["roofline_us"].iloc[0] / own["single_us"].min() / 0.5])
+    fastest_alone = own.nsmallest(1, "single_us").iloc[0]
+    as_theirs = fastest_alone["single_us"] - fastest_alone["floor_us"] + PEER_LAUNCH_FLOOR_US
+    assert list(cells["ratio"]) == pytest.approx([fastest_alone["roofline_us"] / as_theirs / 0.5])
+    bars = of_roofline(found).set_index("scheme")
+    assert set(bars.index) == {"w16a16", "w4a16_g128_sym"}
+    assert bars["fraction_with_floor"]["w4a16_g128_sym"] == pytest.approx(own["roofline_us"].iloc[0] / as_theirs)
+    assert set(bars["roofline_bar"]) == {0.7}
     text = measured_markdown(found, {}, command="it")
+    assert "| w16a16 | memory | 0.70 |" in text
     assert f"theirs over ours {fastest.loc['w16a16', 'ratio']:.2f}" in text
     path.write_bytes(b"no Parquet")
     with pytest.raises(DataError, match="remove it"):
@@ -228,7 +273,8 @@ def test_the_triton_kernel_is_right_under_its_interpreter() -> None:
     """float16: the interpreter does not multiply bfloat16."""
     code = """
 import torch
-from bench.peers.triton_grouped import TILES, grouped_gemm
+from bench.peers.triton_grouped import grouped_gemm
+from bench.peers.triton_tiles import TILES
 for counts, n, k in (((3, 0, 17, 1, 9), 80, 136), ((0, 0, 40), 64, 64)):
     x, w = torch.randn(sum(counts), k).half(), torch.randn(len(counts), n, k).half()
     ends = torch.tensor([0, *counts]).cumsum(0).int()

@@ -333,6 +333,30 @@ def test_a_cluster_copies_its_tokens_once() -> None:
     assert two.k_tile_smem_bytes == one.k_tile_smem_bytes
 
 
+def test_split_k_shortens_the_chain_and_adds_a_sum() -> None:
+    shape, load = GemmShape(m=0, n=2048, k=1408), load_of([1, 1])  # 11 groups of scales, 22 k-tiles
+    one, two, four = (
+        launch_latency(HOPPER, shape, load, [W4A16], config, facts_of(config, W4A16, on=HOPPER))
+        for config in (kernels.parse(f"wgmma_128x16_w4x1x1_s4_k{parts}_at_o2") for parts in (1, 2, 4))
+    )
+    assert (one.num_tiles, two.num_tiles, four.num_tiles) == (32, 64, 128)
+    assert (two.chain_us / one.chain_us, four.chain_us / one.chain_us) == pytest.approx((12 / 22, 6 / 22))
+    assert one.epilogue_us < two.epilogue_us < four.epilogue_us
+    assert one.flops == four.flops
+    assert one.padding == pytest.approx(four.padding)
+    assert one.dram_bytes == four.dram_bytes
+    assert four.latency_us < two.latency_us < one.latency_us
+
+
+def test_split_k_does_not_pay_where_tiles_fill_the_gpu() -> None:
+    shape, load = GemmShape(m=0, n=2816, k=2048), load_of([16] * 60)
+    one, four = (
+        launch_latency(HOPPER, shape, load, [W4A16], config, facts_of(config, W4A16, on=HOPPER))
+        for config in (kernels.parse(f"wgmma_128x16_w4x1x1_s4_k{parts}_at_o2") for parts in (1, 4))
+    )
+    assert one.makespan_us < four.makespan_us
+
+
 def best(on: GpuSpec, scheme: QuantScheme, load: TokenLoad, shape: GemmShape) -> float:
     launches = [
         Launch(shape=shape, load=load, schemes=(scheme,), config=config, facts=facts_of(config, scheme, on=on))

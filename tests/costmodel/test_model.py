@@ -224,6 +224,26 @@ def test_cost_table_takes_the_predicted_best(fitted: FittedModel) -> None:
         pricing.cost_table(fitted, shape, {"wrong": generate("uniform", 16, 16, 2)}, some)
     with pytest.raises(SpecError, match="configuration"):
         pricing.cost_table(fitted, shape, loads, [schemes.parse("w2a16_g128_sym")])
+    with pytest.raises(SpecError, match="model: expected a FittedModel, which names its GPU, got a LatencyModel"):
+        pricing.cost_table(fitted.model, shape, loads, some)  # type: ignore[arg-type]
+
+
+def test_a_file_with_flipped_bits_is_refused(fitted: FittedModel, tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    model_file.write(path, fitted)
+    whole = path.read_bytes()
+    refused = 0
+    for place in np.random.default_rng(0).integers(len(whole), size=40):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            found = model_file.read(path)
+        except DataError:
+            refused += 1
+        else:  # a bit that says nothing about the arrays, a time stamp say
+            assert found.version == fitted.version
+    assert refused > 30
 
 
 def test_marginal_costs_rise_from_zero(fitted: FittedModel) -> None:

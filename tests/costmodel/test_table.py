@@ -224,6 +224,25 @@ def test_bad_files_are_refused(table: CostTable, tmp_path: Path, spoil: Callable
     assert "\n" not in str(caught.value)
 
 
+def test_flipped_bits_are_refused_or_change_nothing(table: CostTable, tmp_path: Path) -> None:
+    """Pages have checksums; what the footer says beside the schema is not read."""
+    path = tmp_path / "table.parquet"
+    table.write(path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in np.random.default_rng(0).integers(len(whole), size=150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            found = CostTable.read(path)
+        except DataError:
+            refused += 1
+        else:
+            pd.testing.assert_frame_equal(found.frame(), table.frame())
+    assert refused > 30
+
+
 def test_a_table_that_cannot_be_written_changes_nothing(table: CostTable, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         table.write(tmp_path / "no folder" / "table.parquet")

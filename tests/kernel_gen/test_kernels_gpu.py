@@ -10,7 +10,7 @@ pytest.importorskip("cutlass")
 from kernel_gen.experts import Experts  # noqa: E402
 from kernel_gen.formats import check_output  # noqa: E402
 from kernel_gen.runtime import prepare_activations  # noqa: E402
-from profiles import schemes  # noqa: E402
+from profiles import kernels, schemes  # noqa: E402
 from profiles.gpus import Math  # noqa: E402
 from profiles.schemes import KERNEL_SCHEMES, QuantScheme  # noqa: E402
 from tests.kernel_gen.gpu_cases import Case, expected_of, kernel_for, offsets_of, poisoned, run  # noqa: E402
@@ -31,8 +31,12 @@ WGMMA_CONFIGS = (
     "wgmma_192x64_w12x1x1_s4_k1_at_o1",
     "wgmma_256x16_w8x1x1_s3_k1_at_o1",
     "wgmma_128x64_w8x1x1_s3_k1_at_o1_c2_t16",
+    "wgmma_64x16_w4x1x1_s4_k4_at_o2",
+    "wgmma_256x16_w8x1x1_s3_k2_at_o1",
 )
 DECODE, MIDDLE = MMA_CONFIGS[1], MMA_CONFIGS[2]
+SPLITS = tuple(config for config in WGMMA_CONFIGS if kernels.parse(config).split_k > 1)
+FEW = (DECODE, WGMMA_CONFIGS[1], *SPLITS)
 
 
 def supported(config: str, scheme: QuantScheme) -> bool:
@@ -80,7 +84,7 @@ def test_every_scheme(config: str, name: str, record_property) -> None:
         assert problem is None, f"N={n} K={k} tokens {load}: {problem}"
 
 
-@pytest.mark.parametrize(("config", "name"), [case for case in SINGLE if case[0] in (DECODE, WGMMA_CONFIGS[1])])
+@pytest.mark.parametrize(("config", "name"), [case for case in SINGLE if case[0] in FEW])
 def test_sizes_no_alignment_divides(config: str, name: str) -> None:
     kernel = kernel_for(config, (name,))
     assert run(kernel, Case(n=61, k=101, counts=(7, 0, 20), scheme_names=(name,) * 3)) is None
@@ -94,6 +98,15 @@ def test_schemes_mixed_in_one_launch(config: str, names: tuple[str, ...], record
         order = [names[i * 7 % len(names)] for i in range(len(load))]
         problem = run(kernel, Case(n=264, k=576, counts=load, scheme_names=tuple(order)))
         assert problem is None, f"tokens {load}: {problem}"
+
+
+@pytest.mark.parametrize("config", SPLITS)
+@pytest.mark.parametrize("name", ["w16a16", "w4a16_g128_asym", "w4a8_g128_sym", "w8a8_g-1_sym"])
+def test_a_reduction_of_few_k_tiles_leaves_parts_empty(config: str, name: str) -> None:
+    kernel = kernel_for(config, (name,))
+    for k in (8, 64, 128, 200, 320, 640):
+        problem = run(kernel, Case(n=136, k=k, counts=(2, 0, 20, 1), scheme_names=(name,) * 4))
+        assert problem is None, f"K={k}: {problem}"
 
 
 def test_more_experts_than_the_default_table() -> None:
@@ -110,7 +123,7 @@ def test_a_real_layers_shape() -> None:
     assert run(kernel, Case(n=2816, k=2048, counts=counts, scheme_names=(name,) * 60)) is None
 
 
-@pytest.mark.parametrize("config", [DECODE, WGMMA_CONFIGS[1]])
+@pytest.mark.parametrize("config", FEW)
 def test_a_captured_graph_follows_the_offsets(config: str) -> None:
     """The tile list is made on the GPU: replaying with other offsets, no host in between, gives the other answer."""
     names = ("w4a16_g128_sym", "w8a8_g-1_sym")
@@ -133,7 +146,7 @@ def test_a_captured_graph_follows_the_offsets(config: str) -> None:
         assert check_output(out, expected_of(x, weights, experts, offsets)) is None
 
 
-@pytest.mark.parametrize("config", [DECODE, WGMMA_CONFIGS[1]])
+@pytest.mark.parametrize("config", FEW)
 @pytest.mark.parametrize(
     "bad", [(0, -5, 1000, 7, 64), (10, 5, 0, -3, 2), (0, 2**31 - 1, 0, 64, 64), (-9, -8, -7, -6, -5)]
 )

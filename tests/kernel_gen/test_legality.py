@@ -106,7 +106,7 @@ def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantSc
             "wgmma_128x24_w8x1x1_s4_k1_at_o1",
             "w4a16_g128_sym",
             "h200",
-            "tile.n 24: the wgmma family takes multiples of 16 from 16 to 256",
+            "tile.n 24: the wgmma family takes 8 or multiples of 16 up to 256",
         ),
         ("wgmma_64x272_w4x1x1_s2_k1_at_o1", "w4a16_g128_sym", "h200", "tile.n 272: the wgmma family"),
         (
@@ -116,10 +116,22 @@ def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantSc
             "slice-K 2: the wgmma family generates warps.k = 1 only",
         ),
         (
-            "wgmma_128x16_w4x1x1_s4_k2_at_o1",
+            "wgmma_128x16_w4x1x1_s4_k3_at_o1",
             "w4a16_g128_sym",
             "h200",
-            "split-K 2: the wgmma family generates split_k = 1 only",
+            "split-K 3: 1, 2 or 4 CTAs share a tile's reduction",
+        ),
+        (
+            "wgmma_128x64_w8x1x1_s3_k2_at_o1_c2_t16",
+            "w4a16_g128_sym",
+            "h200",
+            "split-K 2 in a cluster of 2: its CTAs share k-tiles or the loads of tokens, not both",
+        ),
+        (
+            "wgmma_256x128_w8x1x1_s2_k4_at_o1",
+            "w4a16_g128_sym",
+            "h200",
+            "smem 454.1 KiB > 227 KiB per block on h200",
         ),
         ("wgmma_128x16_w8x1x1_s1_k1_at_o1", "w4a16_g128_sym", "h200", "1 stages: the pipeline needs at least 2"),
         (
@@ -174,6 +186,8 @@ def test_rule_says_its_numbers(config: str, scheme: str, on: str, says: str) -> 
         "wgmma_256x64_w8x1x1_s3_k1_af_o1",
         "wgmma_128x128_w8x1x1_s4_k1_at_o1",
         "wgmma_192x64_w12x1x1_s4_k1_at_o1",
+        "wgmma_64x16_w4x1x1_s4_k4_at_o3",
+        "wgmma_256x16_w8x1x1_s3_k2_at_o1",
     ],
 )
 def test_wgmma_takes_every_scheme_but_int4_math(config: str, scheme: schemes.QuantScheme) -> None:
@@ -221,6 +235,18 @@ def test_a_wgmma_launch_takes_no_more_registers_than_an_sm_has() -> None:
         assert smem_wgmma.consumer_registers(config) <= 240
         assert registers.setmaxnreg_registers(config) * config.min_ctas_per_sm <= gpu("h200").regs_per_sm
         assert estimated_facts(config, [W4A16], gpu("h200")).ctas_per_sm >= config.min_ctas_per_sm
+
+
+def test_split_k_needs_room_for_the_other_parts_sums_and_two_barriers() -> None:
+    one, two, four = (
+        smem_wgmma.wgmma_arrays(kernels.parse(f"wgmma_128x16_w4x1x1_s4_k{parts}_at_o1"), [W4A16], 256)
+        for parts in (1, 2, 4)
+    )
+    assert one.table == one.partial_sums == two.partial_sums == four.partial_sums
+    assert two.table - two.partial_sums == 128 * 16 * 4
+    assert four.table - four.partial_sums == 3 * 128 * 16 * 4
+    assert two.partial_sums % 16 == 0
+    assert two.total - two.barriers == one.total - one.barriers + 16 == 16 * 4 + 16
 
 
 def test_group_64_with_int8_math_names_the_k_tile() -> None:

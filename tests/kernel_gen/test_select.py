@@ -5,7 +5,7 @@ import pytest
 from kernel_gen.legality import reasons
 from kernel_gen.select import choose, table_size
 from profiles import gpus, schemes
-from profiles.errors import UnsupportedError
+from profiles.errors import SpecError, UnsupportedError
 
 W4 = schemes.parse("w4a16_g128_sym")
 W8 = schemes.parse("w8a8_g-1_sym")
@@ -26,8 +26,19 @@ def test_close_batch_sizes_share_a_kernel() -> None:
 
 def test_schemes_that_cannot_share_a_launch_are_refused() -> None:
     both = [schemes.parse("w4a4_g-1_sym"), schemes.parse("w4a4_g128_sym")]
-    with pytest.raises(UnsupportedError, match="no configuration is legal"):
+    with pytest.raises(UnsupportedError, match=r"one launch of w4a4_g-1_sym, w4a4_g128_sym on rtx4090 .* mma_.*: "):
         choose(both, 1024, 512, 64, gpus.gpu("rtx4090"))
+
+
+def test_five_schemes_are_refused_with_the_number() -> None:
+    names = ("w16a16", "w8a16_g128_sym", "w4a16_g128_sym", "w3a16_g128_sym", "w2a16_g128_sym")
+    with pytest.raises(UnsupportedError, match="5 schemes: a kernel holds 1 to 4"):
+        choose([schemes.parse(name) for name in names], 1024, 512, 64, gpus.gpu("h200"))
+
+
+def test_more_experts_than_a_table_holds_are_refused() -> None:
+    with pytest.raises(SpecError, match="experts: expected at most 1024, which a kernel's table holds, got 1025"):
+        choose([W4] * 1025, 1024, 512, 64, gpus.gpu("h200"))
 
 
 @pytest.mark.parametrize(("experts", "size"), [(8, 256), (256, 256), (257, 512), (1024, 1024)])

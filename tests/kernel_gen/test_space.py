@@ -38,7 +38,7 @@ def test_quick_covers_decode_to_prefill(scheme: QuantScheme) -> None:
 def test_quick_on_hopper_is_mostly_wgmma_and_covers_decode_to_prefill(scheme: QuantScheme) -> None:
     legal = candidates([scheme], gpu("h200"), Effort.QUICK)
     wgmma = [config for config in legal if config.family is Family.WGMMA]
-    assert 8 <= len(legal) <= 18
+    assert 8 <= len(legal) <= 20
     assert len(wgmma) >= len(legal) - 2
     assert {16, 32, 48, 64, 128} <= {config.tile.n for config in wgmma}
     assert max(config.min_ctas_per_sm for config in wgmma if config.tile.n == 16) == 4
@@ -53,8 +53,8 @@ def test_quick_takes_the_most_stages_that_fit() -> None:
             at_most = next(
                 pick.max_stages
                 for pick in quick_picks(gpu("h200"))
-                if (pick.family, pick.tile_m, pick.tile_n, pick.cluster)
-                == (config.family, config.tile.m, config.tile.n, config.cluster)
+                if (pick.family, pick.tile_m, pick.tile_n, pick.cluster, pick.split_k)
+                == (config.family, config.tile.m, config.tile.n, config.cluster, config.split_k)
                 and config.tail in pick.tails
             )
             assert config.num_stages == at_most or any("smem" in why for why in reasons(more, [scheme], gpu("h200")))
@@ -91,6 +91,8 @@ def test_full_holds_every_kind_and_only_what_survives() -> None:
     assert {config.tile.n for config in wgmma} == {16, 32, 48, 64, 96, 128, 160, 192, 256}
     assert {config.warps.m for config in wgmma} == {4, 8, 12}
     assert {config.min_ctas_per_sm for config in wgmma} == {1, 2, 3, 4}
+    assert {config.split_k for config in wgmma if config.tile.n == 16} == {1, 2, 4}
+    assert {config.split_k for config in wgmma if config.tile.n > 16} == {1}
     assert set(candidates([W4A16], gpu("h200"), Effort.QUICK)).isdisjoint(
         config for config, found in enumerate_configs([W4A16], gpu("h200"), Effort.FULL) if found
     )

@@ -182,6 +182,24 @@ def test_a_bad_parquet_trace_is_refused(tmp_path: Path) -> None:
         read_trace(file)
 
 
+def test_flipped_bits_of_a_parquet_trace_are_refused_or_change_nothing(tmp_path: Path) -> None:
+    path, trace = tmp_path / "trace.parquet", {0: uniform(60, 64, 4, seed=0), 5: zipf(60, 64, 4)}
+    write_trace(trace, path)
+    whole, expected = path.read_bytes(), {layer: load.tokens_per_expert for layer, load in trace.items()}
+    refused = 0
+    for place in np.random.default_rng(0).integers(len(whole), size=150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            found = read_trace(path)
+        except DataError:
+            refused += 1
+        else:
+            assert {layer: load.tokens_per_expert for layer, load in found.items()} == expected
+    assert refused > 30
+
+
 def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         write_trace({0: uniform(4, 8, 2)}, tmp_path / "nowhere" / "trace.json")

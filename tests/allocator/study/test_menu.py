@@ -13,7 +13,7 @@ from allocator.budget import Budget
 from allocator.study import warm
 from allocator.study.evidence import Evidence
 from allocator.study.menu import Choice
-from allocator.study.objective import params_of, sample
+from allocator.study.objective import Goal, params_of, sample
 from allocator.study.problem import of as problem_of
 from allocator.study.run import evaluator_of
 from allocator.study.sets import SetSolver
@@ -22,6 +22,8 @@ from profiles import loads
 from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu
 from tests.allocator.study.small import EVIDENCE, MODEL, NAMES, a_sensitivity, an_evaluator
+
+GOAL = Goal()
 
 
 @settings(max_examples=30, deadline=None)
@@ -46,8 +48,9 @@ def test_schemes_that_the_gpu_cannot_run_are_never_offered():
 
 def test_a_choice_survives_its_parameters():
     solver = SetSolver(an_evaluator())
-    for choice in warm.choices(solver).values():
+    for choice in warm.choices(solver, GOAL, 4).values():
         again = sample(optuna.trial.FixedTrial(params_of(choice, solver)), solver)
+        assert choice.configs == {} or again.configs == choice.configs
         assert again.compiled == choice.compiled
         assert again == sample(optuna.trial.FixedTrial(params_of(again, solver)), solver)
         assert again.latency_weights == pytest.approx(choice.latency_weights)
@@ -56,7 +59,7 @@ def test_a_choice_survives_its_parameters():
 def test_the_inner_problem_is_the_exact_solvers():
     evaluator = an_evaluator()
     problem = evaluator.problem
-    choice = evaluator.settle(warm.choices(SetSolver(evaluator))["least loss"])
+    choice = evaluator.settle(warm.breakpoints(SetSolver(evaluator))["least loss"])
     inner = evaluator.solve(choice)
     held = {linear: [problem.schemes.index(s) for s in schemes] for linear, schemes in choice.compiled.items()}
     allowed = np.array([[s in held[block.linear.value] for s in range(len(problem.schemes))] for block in problem.ids])
@@ -79,7 +82,7 @@ def test_a_set_that_cannot_hold_the_budget_says_by_how_much():
 
 def test_latency_weights_buy_latency():
     evaluator = an_evaluator()
-    first = evaluator.settle(warm.choices(SetSolver(evaluator))["least loss"])
+    first = evaluator.settle(warm.breakpoints(SetSolver(evaluator))["least loss"])
     latency = []
     for weight in (1e-4, 10.0):
         choice = replace(first, latency_weights=dict.fromkeys(evaluator.problem.scenarios, weight))
@@ -105,7 +108,7 @@ def test_inputs_that_do_not_fit_are_refused():
 
 def test_kernels_left_open_are_the_fastest_ranked_ones():
     evaluator = an_evaluator()
-    choice = evaluator.settle(warm.choices(SetSolver(evaluator))["least loss"])
+    choice = evaluator.settle(warm.breakpoints(SetSolver(evaluator))["least loss"])
     weighed = evaluator.problem.kinds[0]
     ranked = evaluator.menu.ranked_configs(weighed, "prefill", choice.compiled[weighed.linear])
     assert len(ranked) > 3

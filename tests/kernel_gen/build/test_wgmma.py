@@ -21,6 +21,7 @@ GOOD = {
     "bf16, prefill": kernel_spec("w2a16_g128_asym", config="wgmma_256x160_w8x1x1_s3_k1_at_o1", arch="sm_90a"),
     "int8": kernel_spec("w8a8_g-1_sym", config="wgmma_128x48_w8x1x1_s4_k1_af_o2", arch="sm_90a"),
     "e4m3": kernel_spec("w4a8_g128_sym_e4m3", config="wgmma_128x128_w8x1x1_s4_k1_at_o1", arch="sm_90a"),
+    "split-K": kernel_spec("w4a16_g128_sym", "w8a8_g-1_sym", config="wgmma_64x16_w4x1x1_s4_k4_at_o3", arch="sm_90a"),
     "a mix": kernel_spec(
         "w4a16_g128_asym",
         "w8a8_g-1_sym",

@@ -1,5 +1,6 @@
 """Which workloads and loads a request comes to."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,13 @@ def test_equal_loads_are_one_case() -> None:
 @pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss-20b", "mixtral-8x7b-ep4"])
 def test_every_model_has_cells(name: str) -> None:
     assert all(cell.configs for cell in plan(request(name, linears=("gate_up", "down"))))
+
+
+def test_shuffled_are_whole_workloads() -> None:
+    asked = request("qwen1.5-moe-a2.7b", linears=("gate_up", "down", "shared_gate_up", "shared_down"))
+    cells = plan(asked)
+    shuffled = plan(dataclasses.replace(asked, shuffle=True))
+    assert shuffled != cells
+    assert sorted(shuffled, key=str) == sorted(cells, key=str)
+    assert [cell.case.tokens for cell in shuffled] == [cell.case.tokens for cell in cells]
+    assert all(first.workload == second.workload for first, second in zip(shuffled[::2], shuffled[1::2], strict=True))

@@ -1,5 +1,6 @@
 """The predict backend: real build facts where they decide, estimates elsewhere, and every row says which."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,18 @@ def test_a_mix_gives_every_scheme_its_share() -> None:
     assert sorted(scheme.name for scheme in mix.assign(3, seed=0)) == sorted(names)
     with pytest.raises(SpecError, match="needs at least 3 experts"):
         mix.assign(2, seed=0)
+
+
+@needs_compiler
+def test_build_only_fills_the_cache_with_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BITILE_CACHE", str(tmp_path / "cache"))
+    words = "--gpu rtx4090 --model olmoe-1b-7b --tokens 16 --schemes w4a16_g128_sym --tries 1 --json --build-only"
+    found = []
+    for _ in range(2):
+        assert main([*words.split(), "--out", str(tmp_path / "p.parquet")]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == {"candidates": 2, "kernels": 1, "were_cached": 0, "refused": 0}
+    assert found[1] == {**found[0], "were_cached": 1}
+    assert not (tmp_path / "p.parquet").exists()

@@ -1,5 +1,6 @@
 """Small launches of every scheme for compute-sanitizer (tests/run_sanitizer.py): each kernel once, on a ragged load
-with sizes off the tile.
+with sizes off the tile. Without the sanitizer test_kernels_gpu.py has the same launches, so that pytest finds these by
+name only.
 """
 
 import pytest
@@ -8,12 +9,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("cutlass")
 
 from tests.kernel_gen.gpu_cases import Case, kernel_for, run  # noqa: E402
-from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SINGLE, WGMMA_CONFIGS  # noqa: E402
+from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SINGLE, SPLITS, WGMMA_CONFIGS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 LOAD = (3, 0, 17, 1, 40, 0, 5)
-OTHER_TILES = (MIDDLE, WGMMA_CONFIGS[0], WGMMA_CONFIGS[2])
+OTHER_TILES = (MIDDLE, WGMMA_CONFIGS[0], WGMMA_CONFIGS[2], *SPLITS)
 WATCHED = [(config, (name,)) for config, name in SINGLE if config in (DECODE, WGMMA_CONFIGS[1])]
 WATCHED += [(config, (name,)) for config, name in SINGLE if config in OTHER_TILES and ("128" in name or "a8" in name)]
 WATCHED += [(config, names) for config, names in MIXED if config in (DECODE, WGMMA_CONFIGS[1])]

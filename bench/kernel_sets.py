@@ -1,0 +1,78 @@
+"""Which GEMM kernels a measured run tries, and making them before it, in parallel, on any machine, into the cache."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from costmodel.analytic import launch_latencies
+from costmodel.facts import BuildFacts
+from costmodel.launches import Launch
+from kernel_gen.build import compile_and_gate
+from kernel_gen.cache import KernelCache, default_cache_dir
+from kernel_gen.kernels import KernelSpec
+from kernel_gen.legality import estimated_facts
+from kernel_gen.select import table_size
+from kernel_gen.space import Effort, candidates
+from kernel_gen.sweeping.progress import Phase, phase
+from profiles.gpus import GpuSpec
+from profiles.kernels import GemmShape, KernelConfig
+from profiles.loads import TokenLoad
+from profiles.schemes import QuantScheme
+
+TRIES = 7
+"""Samples of each candidate, launched alone with L2 flushed: all hold the same cost of a replay."""
+
+
+@functools.cache
+def ranked(
+    per_expert: tuple[QuantScheme, ...], n: int, k: int, counts: tuple[int, ...], gpu: GpuSpec, num_configs: int
+) -> tuple[KernelConfig, ...]:
+    """The configurations that the latency model puts first for these experts and their tokens, best first."""
+    slots = tuple(sorted(set(per_expert), key=lambda scheme: scheme.name))
+    load = TokenLoad(tokens_per_expert=counts, source="drawn")
+    shape = GemmShape(m=load.total, n=n, k=k)
+    possible = _possible(slots, gpu, table_size(len(per_expert)))
+    launches = [
+        Launch(shape=shape, load=load, schemes=per_expert, config=config, facts=facts) for config, facts in possible
+    ]
+    if not launches:
+        return ()
+    order = launch_latencies(gpu, launches)["latency_us"].to_numpy().argsort(kind="stable")
+    return tuple(possible[index][0] for index in order[:num_configs])
+
+
+@functools.cache
+def _possible(
+    slots: tuple[QuantScheme, ...], gpu: GpuSpec, max_experts: int
+) -> tuple[tuple[KernelConfig, BuildFacts], ...]:
+    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts)
+    return tuple((config, estimated_facts(config, slots, gpu, max_experts=max_experts)) for config in configs)
+
+
+def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[KernelConfig]:
+    """A few configurations of which every ranking has `number` among its first 2 * `number`: kernels that many launches
+    can try. Greedy: always the one that most rankings still lack.
+    """
+    tops = [ranking[: 2 * number] for ranking in rankings]
+    lacking = [min(number, len(top)) for top in tops]
+    found: list[KernelConfig] = []
+    while any(lacking):
+        wanted = Counter(
+            config for top, lacks in zip(tops, lacking, strict=True) for config in top if lacks and config not in found
+        )
+        found.append(wanted.most_common(1)[0][0])  # of equals the one that was ranked first where it was met first
+        lacking = [max(0, lacks - (found[-1] in top)) for top, lacks in zip(tops, lacking, strict=True)]
+    return found
+
+
+def progress(num_kernels: int) -> AbstractContextManager[Phase]:
+    """Of compiling, on stderr."""
+    return phase("compiling", num_kernels, live=True)
+
+
+def compile_all(specs: Sequence[KernelSpec], gpu: GpuSpec) -> None:
+    """Compiles what the cache lacks, with progress."""
+    compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=progress)
