@@ -54,7 +54,7 @@ class Mix:
 
     def assign(self, num_experts: int, seed: int) -> tuple[QuantScheme, ...]:
         """One scheme per expert: shares rounded so that the counts add up and every scheme has an expert, experts
-        shuffled by the seed.
+        shuffled by the seed. SpecError for fewer experts than schemes.
         """
         if num_experts < len(self.shares):
             raise SpecError(f"--mixed {self.label} needs at least {len(self.shares)} experts; there are {num_experts}")
@@ -161,7 +161,11 @@ def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
     for kind in request.loads:
         for case in _generated(request, model, kind) if kind in GENERATORS else _traced(model, Path(kind)):
             load = (
-                TokenLoad(tokens_per_expert=(case.tokens,), source=f"every token, {case.tokens} tokens")
+                TokenLoad(
+                    tokens_per_expert=(case.tokens,),
+                    source=f"every token, {case.tokens} tokens",
+                    num_tokens=case.tokens,
+                )
                 if shared
                 else case.load
             )
