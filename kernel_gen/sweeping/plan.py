@@ -160,15 +160,9 @@ def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
     seen: set[tuple[int, ...]] = set()
     for kind in request.loads:
         for case in _generated(request, model, kind) if kind in GENERATORS else _traced(model, Path(kind)):
-            load = (
-                TokenLoad(
-                    tokens_per_expert=(case.tokens,),
-                    source=f"every token, {case.tokens} tokens",
-                    num_tokens=case.tokens,
-                )
-                if shared
-                else case.load
-            )
+            load, tokens = case.load, case.tokens
+            if shared:
+                load = TokenLoad(tokens_per_expert=(tokens,), source=f"every token, {tokens} tokens", num_tokens=tokens)
             if (
                 load.tokens_per_expert not in seen
             ):  # one candidate cannot be two rows: with one token, two kinds of load may be the same
