@@ -76,12 +76,15 @@ def test_ctrl_c_loses_nothing(files, tmp_path):
     Allocation.read(tmp_path / "best.json")
 
 
+DECODE = f"decode={LOADS['decode'].source}"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--budget-bits", "1.0"], "avg_bits 1 is 1.25 below the least possible, 2.25"),
         (
-            ["--budget-bits", "4.25", "--objective", "loss", "--max-latency", "decode=1"],
+            ["--budget-bits", "4.25", "--objective", "loss", "--max-latency", "decode=1", "--scenario", DECODE],
             "the nearest is over max_latency_us[decode] by",
         ),
         (["--budget-bits", "4.25", "--max-latency", "decode=9", "--max-latency", "decode=8"], "decode is there twice"),
