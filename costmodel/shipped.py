@@ -28,24 +28,27 @@ def fitted(gpu: GpuSpec) -> FittedModel:
     seconds or so.
 
     Raises:
-        DataError: no launches of this GPU come with the package, or the cache cannot be written.
+        DataError: no launches of this GPU come with the package. What the cache holds is fitted again if it is damaged,
+            and nothing is kept where it cannot be written: a warning says so.
     """
     paths = committed_profiles(gpu.name)
     if not paths:
         raise DataError(f"no launches of {gpu.name} come with bitile to fit a latency model on")
     kept = default_cache_dir() / "latency" / f"{gpu.name}-{_digest(tuple(paths))}.npz"
     if kept.exists():
-        return model_file.read(kept)
+        try:
+            return model_file.read(kept)
+        except DataError as error:
+            log.warning("%s; fitted again", error)
     log.info("fitting a latency model on the launches of %s that come with bitile; it is kept in %s", gpu.name, kept)
     model = fit(usable(read_profiles(paths)))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{kept.parent}: the latency model cannot be kept there ({error.strerror or error});"
-            " set BITILE_CACHE to a folder that can be written"
-        ) from error
-    model_file.write(kept, model)
+        model_file.write(kept, model)
+    except (OSError, DataError) as error:
+        log.warning(
+            "the latency model is not kept, and will be fitted again: %s (BITILE_CACHE names the folder)", error
+        )
     return model
 
 

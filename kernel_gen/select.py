@@ -61,7 +61,7 @@ def choose(
 
     Raises:
         UnsupportedError: no configuration runs these schemes together.
-        DataError: `by` asks for the fitted model of a GPU without recorded launches, or it cannot be kept.
+        DataError: `by` asks for the fitted model of a GPU without recorded launches.
     """
     return _choose(tuple(schemes), n, k, rounded_rows(num_rows), gpu, among, by or ranking(gpu))
 
