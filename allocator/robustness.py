@@ -85,7 +85,7 @@ def reweighted(sensitivity: Sensitivity, calibrated: Loads, other: Loads, name: 
         name: what the other load is called; it is in the metric of the result.
 
     Raises:
-        DataError: a trace lacks a layer, or has other experts.
+        DataError: a trace lacks a layer, has other experts, or a layer without tokens.
     """
     frame = sensitivity.frame()
     factors: dict[int, Floats] = {}
@@ -111,6 +111,8 @@ def reweighted(sensitivity: Sensitivity, calibrated: Loads, other: Loads, name: 
 def _share(loads: Loads, layer: int, name: str) -> Floats:
     if layer not in loads:
         raise DataError(f"load {name}: its trace has no layer {layer}")
+    if not loads[layer].total:
+        raise DataError(f"load {name}: layer {layer} of its trace has no tokens")
     tokens = np.maximum(np.asarray(loads[layer].tokens_per_expert, dtype=np.float64), _HALF_A_TOKEN)
     return np.asarray(tokens / tokens.sum(), dtype=np.float64)
 

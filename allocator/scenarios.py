@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from allocator.problem import Floats, Ints
 from costmodel.launches import Launch
+from costmodel.model_file import FittedModel
+from costmodel.pricing import cost_table
 from costmodel.table import CostTable, PricedLaunch
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort, candidates
+from profiles import kernels
 from profiles.errors import DataError, SpecError
 from profiles.gpus import GpuSpec
+from profiles.gpus import gpu as find_gpu
 from profiles.kernels import GemmShape
 from profiles.loads import TokenLoad
 from profiles.models import MoeShape
@@ -142,6 +147,36 @@ def predicted_table(
     if not launches:
         raise SpecError(f"none of {', '.join(scheme.name for scheme in schemes)} has a kernel for {gpu.name}")
     return CostTable.from_predictions(gpu, launches)
+
+
+def learned_table(
+    fitted: FittedModel, shape: MoeShape, loads: Mapping[str, TokenLoad], schemes: Sequence[QuantScheme]
+) -> CostTable:
+    """A fitted model's latencies of every linear, the shared experts' too, each scheme with the fastest of the
+    configurations that it was fitted on, or of the quick space where it was fitted on none.
+
+    Raises:
+        SpecError: no scheme has a kernel there.
+    """
+    gpu, size = find_gpu(fitted.gpu), max(shape.num_experts, 1)
+    configs = {
+        scheme: [kernels.parse(name) for name in fitted.configs.get(scheme.name, ())]
+        or candidates((scheme,), gpu, Effort.QUICK, max_experts=size)
+        for scheme in schemes
+    }
+    known = [scheme for scheme in schemes if configs[scheme]]
+    if not known:
+        raise SpecError(f"none of {', '.join(scheme.name for scheme in schemes)} has a kernel for {gpu.name}")
+    parts = [cost_table(fitted, shape, loads, known, configs=configs).frame()]
+    if shape.num_shared_experts:
+        alone = replace(shape, num_experts=1, top_k=1, intermediate_size=shape.shared_intermediate_size)
+        every = {
+            name: TokenLoad(tokens_per_expert=(load.total // shape.top_k,), source=load.source)
+            for name, load in loads.items()
+        }
+        shared = cost_table(fitted, alone, every, known, configs=configs).frame()
+        parts.append(shared.assign(linear="shared_" + shared["linear"]))
+    return CostTable(pd.concat(parts, ignore_index=True))
 
 
 def profiled_table(

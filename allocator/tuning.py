@@ -12,16 +12,19 @@ from allocator.allocation import Allocation
 from allocator.calibrate import DEFAULT_MEASURE
 from allocator.report import write_report
 from allocator.report_data import collect
-from allocator.scenarios import predicted_table, profiled_table, typical_load
+from allocator.scenarios import learned_table, predicted_table, profiled_table, typical_load
 from allocator.sensitivity import Sensitivity
 from allocator.stages import Stages, checkpoint_digest, file_digest
 from allocator.tuning_finalists import Finalists
 from allocator.tuning_plan import Plan, Tuned
 from allocator.verify import Verification, verify
+from costmodel import shipped
+from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
 from kernel_gen.sweeping.measuring import Bench
 from profiles.loads import TokenLoad, read_trace, write_trace
 from profiles.models import MoeShape, model_from_config
+from profiles.places import committed_profiles
 from profiles.store import ProfileStore
 
 if TYPE_CHECKING:
@@ -164,19 +167,32 @@ class Tuning:
         trace = read_trace(self.files["trace"])
         return {name: typical_load(trace, self.shape, tokens, name) for name, tokens in self.plan.loads.items()}
 
+    @cached_property
+    def fitted(self) -> FittedModel | None:
+        """Of the GPU's launches that come with the package; None: there are none, the analytic model predicts."""
+        gpu = self.plan.gpu
+        return shipped.fitted(gpu) if committed_profiles(gpu.name) else None
+
     def price(self) -> tuple[str, ...]:
         """The cost table, from the profile where one was given, else predicted. Gives what is to be said about it."""
         plan, file = self.plan, self.files["cost"]
         loads = self.typical_loads()
-        notes: tuple[str, ...] = ("latencies are predicted, not measured: no --profile was given",)
+        model = "analytic" if self.fitted is None else f"fitted on {plan.gpu.name}'s launches that come with bitile"
+        notes: tuple[str, ...] = (
+            f"latencies are predicted, not measured: no --profile was given; the model is {model}",
+        )
         profile = None
         if plan.profile is not None:
             profile = ProfileStore(plan.profile).records()
             table, notes = profiled_table(profile, plan.gpu, self.shape, loads)
 
         def make() -> None:
-            made = predicted_table(plan.gpu, self.shape, loads, plan.schemes) if profile is None else table
-            made.write(file)
+            if profile is not None:
+                table.write(file)
+            elif self.fitted is not None:
+                learned_table(self.fitted, self.shape, loads, plan.schemes).write(file)
+            else:
+                predicted_table(plan.gpu, self.shape, loads, plan.schemes).write(file)
 
         settings = {
             "gpu": plan.gpu.name,
@@ -184,6 +200,7 @@ class Tuning:
             "loads": {name: load.tokens_per_expert for name, load in loads.items()},
             "schemes": [scheme.name for scheme in plan.schemes],
             "profile": None if plan.profile is None else file_digest(plan.profile),
+            "model": None if self.fitted is None else self.fitted.version,
         }
         self.stages.ensure("cost", make, settings=settings, writes=[file])
         return notes
@@ -192,7 +209,7 @@ class Tuning:
     def finalists(self) -> Finalists:
         """What is verified; the trace is there by then."""
         trace = read_trace(self.files["trace"])
-        return Finalists(self.plan, self.shape, self.stages, self.files, self.typical_loads(), trace)
+        return Finalists(self.plan, self.shape, self.stages, self.files, self.typical_loads(), trace, self.fitted)
 
     def verify(self) -> None:
         """Every finalist's divergence measured on held-out tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
 from allocator.study.problem import of as problem_of
 from allocator.tuning_plan import Plan
+from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
 from kernel_gen.sweeping.measuring import Bench
 from profiles.atomic import replacing
@@ -39,7 +41,9 @@ STUDY_LOSS_WEIGHT = 0.75
 
 
 class Finalists:
-    """Allocations to be verified. `loads`: by name, experts by falling share; `trace`: by layer."""
+    """Allocations to be verified. `loads`: by name, experts by falling share; `trace`: by layer; `fitted`: what prices
+    launches, None: the analytic model.
+    """
 
     def __init__(
         self,
@@ -49,9 +53,10 @@ class Finalists:
         files: Mapping[str, Path],
         loads: Mapping[str, TokenLoad],
         trace: Mapping[int, TokenLoad],
+        fitted: FittedModel | None,
     ) -> None:
         self.plan, self.shape, self.stages, self.files = plan, shape, stages, files
-        self.loads, self.trace = loads, trace
+        self.loads, self.trace, self.fitted = loads, trace, fitted
         self._inputs = [files["losses"], files["cost"]]
 
     def solve(self) -> None:
@@ -109,6 +114,7 @@ class Finalists:
             "trials": plan.study_trials,
             "seed": plan.seed,
             "loss_weight": plan.loss_weight,
+            "model": None if self.fitted is None else self.fitted.version,
             "trace": [[layer, list(tokens)] for layer, tokens in sorted(trace.items())],
         }
         self.stages.ensure("study", make, reads=self._inputs, settings=settings, writes=[file])
@@ -119,6 +125,7 @@ class Finalists:
         """Prices launches under the loads, every layer's experts in the order of its own trace."""
         sensitivity, cost = Sensitivity.read(self.files["losses"]), CostTable.read(self.files["cost"])
         evidence = Evidence.from_cost_table(cost, self.shape.name, self.shape.num_experts, self.loads)
+        evidence = replace(evidence, latency_model=self.fitted)
         experts = {layer: by_share(load) for layer, load in self.trace.items()}
         return Evaluator.of(problem_of(sensitivity, self.shape, self.plan.budget, evidence, experts=experts))
 

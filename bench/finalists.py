@@ -16,14 +16,14 @@ from pathlib import Path
 from allocator import Allocation, Budget, Options, allocate
 from allocator.allocation import Granularity
 from allocator.json_file import write_json
-from allocator.scenarios import by_share, parse_loads, typical_load
+from allocator.scenarios import by_share, learned_table, parse_loads, typical_load
 from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
 from allocator.study.finalists import best_of_study
 from allocator.study.objective import Goal
 from allocator.study.problem import of as problem_of
 from allocator.study.run import Settings
-from bench.present import latency_model, priced
+from bench.present import latency_model
 from bench.study_problem import sensitivity
 from profiles import schemes
 from profiles.errors import UserError
@@ -45,7 +45,7 @@ def finalists(
     """Mixed, one scheme an expert, uniform, and studies'; and by name what their launches are predicted to take."""
     losses = sensitivity(list(offered), len(trace), 0, shape)
     fitted = latency_model()
-    table = priced(fitted, shape, loads, offered)
+    table = learned_table(fitted, shape, loads, offered)
     budget = Budget(avg_weight_bits=bits)
     found = {
         "mixed": allocate(losses, table, budget, shape=shape),

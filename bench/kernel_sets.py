@@ -9,16 +9,18 @@ from contextlib import AbstractContextManager
 
 from costmodel.analytic import launch_latencies
 from costmodel.facts import BuildFacts
-from costmodel.launches import Launch
+from costmodel.kernel_use import KernelUse
+from costmodel.pricing import KernelChooser
+from costmodel.shipped import fitted
 from kernel_gen.build import compile_and_gate
 from kernel_gen.cache import KernelCache, default_cache_dir
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.legality import estimated_facts
-from kernel_gen.select import table_size
+from kernel_gen.select import Ranking, ranking, table_size
 from kernel_gen.space import Effort, candidates
 from kernel_gen.sweeping.progress import Phase, phase
 from profiles.gpus import GpuSpec
-from profiles.kernels import GemmShape, KernelConfig
+from profiles.kernels import KernelConfig
 from profiles.loads import TokenLoad
 from profiles.schemes import QuantScheme
 
@@ -30,18 +32,24 @@ TRIES = 7
 def ranked(
     per_expert: tuple[QuantScheme, ...], n: int, k: int, counts: tuple[int, ...], gpu: GpuSpec, num_configs: int
 ) -> tuple[KernelConfig, ...]:
-    """The configurations that the latency model puts first for these experts and their tokens, best first."""
+    """Configurations for these experts and their tokens, best first: in turn what the fitted latency model, which knows
+    recorded kernels, and the analytic one, which knows new ones as well, put first.
+    """
     slots = tuple(sorted(set(per_expert), key=lambda scheme: scheme.name))
     load = TokenLoad(tokens_per_expert=counts, source="drawn")
-    shape = GemmShape(m=load.total, n=n, k=k)
-    possible = _possible(slots, gpu, table_size(len(per_expert)))
-    launches = [
-        Launch(shape=shape, load=load, schemes=per_expert, config=config, facts=facts) for config, facts in possible
+    of_experts = per_expert if len(slots) > 1 else slots
+    uses = [
+        KernelUse(n=n, k=k, schemes=of_experts, config=config, ctas_per_sm=facts.ctas_per_sm)
+        for config, facts in _possible(slots, gpu, table_size(len(per_expert)))
     ]
-    if not launches:
+    if not uses:
         return ()
-    order = launch_latencies(gpu, launches)["latency_us"].to_numpy().argsort(kind="stable")
-    return tuple(possible[index][0] for index in order[:num_configs])
+    by_core = launch_latencies(gpu, [use.launch(load) for use in uses])["latency_us"].to_numpy()
+    orders = [by_core.argsort(kind="stable")]
+    if ranking(gpu) is Ranking.FITTED:
+        orders.insert(0, KernelChooser(fitted(gpu).model, gpu, uses).latencies_us(load).argsort(kind="stable"))
+    in_turn = dict.fromkeys(index for pair in zip(*orders, strict=True) for index in pair)
+    return tuple(uses[index].config for index in in_turn)[:num_configs]
 
 
 @functools.cache

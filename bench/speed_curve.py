@@ -19,7 +19,7 @@ from allocator.calibration.streams import measure_allocations
 from allocator.json_file import write_json
 from allocator.latencies import digest_of
 from allocator.latency import read_finalists
-from allocator.scenarios import by_share, parse_loads, typical_load
+from allocator.scenarios import by_share, learned_table, parse_loads, typical_load
 from allocator.sensitivity import SHARED_EXPERT
 from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
@@ -29,7 +29,7 @@ from allocator.study.problem import of as problem_of
 from allocator.study.run import Settings
 from bench.evaluate import add_model_options, open_evaluator
 from bench.mixed_evidence import QUANTIZER
-from bench.present import MIXED, UNIFORM, latency_model, priced
+from bench.present import MIXED, UNIFORM, latency_model
 from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
 from profiles import schemes
@@ -119,7 +119,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     losses = routed_of(Sensitivity.read(arguments.sensitivity), shape.name)
     fitted = latency_model(tuple(arguments.profile))
-    table = priced(fitted, shape, loads, list(dict.fromkeys([*uniform, *mixed])))
+    table = learned_table(fitted, shape, loads, list(dict.fromkeys([*uniform, *mixed])))
     for scenario in loads:
         beside = schemes.parse(arguments.beside)
         found = curve(losses, table, shape, scenario, uniform=uniform, mixed=mixed, beside=beside)

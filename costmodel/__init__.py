@@ -5,6 +5,7 @@ occupancy   how many CTAs of it an SM holds
 constants   the analytic model's physical numbers, each with its source
 work        what one k-tile of one scheme costs an SM (bytes, instructions, tensor work), and how a load splits
 launches    launches as objects, and as columns
+rounds      how a launch's tiles fall to CTAs, the last round not full
 analytic    the latency of a launch from the above: makespan of the tile list against DRAM time
 table       CostTable: (linear, scheme, load) -> latency and configuration, from measurements or predictions
 
@@ -12,7 +13,7 @@ features    launches as the matrix that models learn from; its columns, feature_
 sessions    measurements of several hours or machines as one table, and the noise floor between them
 model       LatencyModel, of calibration (the core's factors), forest (what it misses) and conformal (intervals)
 baselines   what LatencyModel must beat, on its interface; NVIDIA's model of GEMMs: matmul_heuristics
-model_file  a fitted model as a file; fit: `python -m costmodel.fit`
+model_file  a fitted model as a file; fit: `python -m costmodel.fit`; shipped: of the launches that come with the package
 pricing     what a fitted model is for: cost tables, marginal costs, choosing a kernel
 evaluation  errors, coverage and regret on held-out groups; evaluate: `python -m costmodel.evaluate`; report and plots
 transfer    a card that was never measured: `python -m costmodel.transfer`; transfer_model, and published figures

@@ -117,7 +117,9 @@ def try_change(
 
 
 def noise_of(rows: pd.DataFrame, repeats: pd.DataFrame | None) -> Array:
-    """Log ratios of launches measured again, around their median; without repeats, drawn."""
+    """Log ratios of launches measured again, around their median; without repeats, drawn. DataError for
+    repeats of other launches.
+    """
     if repeats is None:
         return np.asarray(_SCALE * np.random.default_rng(0).standard_t(_DEGREES, 1000))
     both = pd.concat([rows, repeats], ignore_index=True)

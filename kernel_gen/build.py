@@ -175,7 +175,8 @@ def compile_and_gate(
 
 def build(request: BuildRequest, plan: Plan, cache: KernelCache, *, track: Track = silent) -> BuildResult:
     """Compile, gate, and write the bundle. A rejection by the gate, or a kernel that cannot be compiled, is recorded in
-    the bundle with its reasons. UserError when no kernel is left; OSError when a disk is full.
+    the bundle with its reasons. SpecError for a file where the folder should be; UserError when no kernel is left;
+    OSError when a disk is full.
     """
     started = monotonic_s()
     if request.out_dir.exists() and not request.out_dir.is_dir():

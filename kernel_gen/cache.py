@@ -1,8 +1,7 @@
 """Compiled kernels on disk, found by content: the same sources, spec and compiler give the same entry on every machine.
 
 An entry is one folder, `kernel.o` and `entry.json`, that appears by one rename. An entry that is damaged is dropped
-when it is asked for, and compiled again. The place is `$BITILE_CACHE`, else `bitile` in `$XDG_CACHE_HOME`, else in
-`~/.cache`.
+when it is asked for, and compiled again. The place is `profiles.places.default_cache_dir`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 from kernel_gen.compiler import Artifact, dsl_version
 from kernel_gen.gate import CodeFacts
 from kernel_gen.kernels import KernelSpec
+from profiles.places import default_cache_dir as default_cache_dir
 
 ENTRY_VERSION = 2
 """Goes up when what an entry holds, or how its facts are read from the code, changes."""
@@ -29,14 +28,6 @@ LEFTOVER_AGE_S = 3600.0
 """No kernel compiles for an hour."""
 OBJECT_NAME = "kernel.o"
 ENTRY_NAME = "entry.json"
-
-
-def default_cache_dir() -> Path:
-    """Where kernels are kept unless a caller says otherwise."""
-    if own := os.environ.get("BITILE_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bitile"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

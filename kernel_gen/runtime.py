@@ -45,7 +45,10 @@ class Activations:
 
 
 def prepare_activations(x: Tensor, schemes: Sequence[QuantScheme]) -> Activations:
-    """Quantise bf16 X [T, K] once for each activation type among the schemes."""
+    """Quantise bf16 X [T, K] once for each activation type among the schemes, on its device; nothing waits for it.
+
+    SpecError for another tensor, or schemes with int4 activations per token and per group.
+    """
     if not isinstance(x, Tensor) or x.dtype != torch.bfloat16 or x.dim() != 2:
         raise SpecError(f"x: expected bfloat16 [T, K], got {described(x)}")
     addresses = [0] * 7

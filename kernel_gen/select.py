@@ -1,25 +1,45 @@
-"""Which configuration to launch: the fastest by the latency model for so many rows, before anything is measured.
+"""Which configuration to launch: the fastest by a latency model for so many rows, before anything is measured here.
 
-Torch-free.
+Where launches of the GPU come with the package, the model is fitted on them (`costmodel.shipped`); elsewhere it is the
+analytic core, and `ranking` says which. Torch-free.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
 
 from costmodel.analytic import launch_latencies
-from costmodel.launches import Launch
+from costmodel.kernel_use import KernelUse
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort, candidates, enumerate_configs, summarise
 from profiles.errors import SpecError, UnsupportedError
 from profiles.gpus import GpuSpec
-from profiles.kernels import GemmShape, KernelConfig
+from profiles.kernels import KernelConfig
 from profiles.loads import TokenLoad
+from profiles.places import committed_profiles
 from profiles.schemes import QuantScheme
+
+if TYPE_CHECKING:
+    from costmodel.pricing import KernelChooser
 
 MAX_EXPERTS = 1024
 """Of `KernelSpec.max_experts`."""
+
+
+class Ranking(Enum):
+    """What ranks configurations."""
+
+    FITTED = "the model fitted on the launches that come with bitile"
+    CORE = "the analytic core"
+
+
+@functools.lru_cache(maxsize=64)
+def ranking(gpu: GpuSpec) -> Ranking:
+    """What `choose` goes by unless it is told: the fitted model where there are launches of this GPU to fit one on."""
+    return Ranking.FITTED if committed_profiles(gpu.name) else Ranking.CORE
 
 
 def choose(
@@ -30,14 +50,20 @@ def choose(
     gpu: GpuSpec,
     *,
     among: tuple[KernelConfig, ...] | None = None,
+    by: Ranking | None = None,
 ) -> KernelConfig:
     """The configuration for a launch of `num_rows` rows spread evenly over experts with these schemes, one each; one of
     `among`, which were built for them, by default of all that are legal.
 
     The host does not know the real load (that would wait for the GPU), so rows are rounded up to a power of two: a
-    handful of kernels serve every batch size. UnsupportedError where no configuration runs these schemes together.
+    handful of kernels serve every batch size. By `ranking(gpu)`, or `by` what is given. The fitted model may have to be
+    fitted first, once on a machine.
+
+    Raises:
+        UnsupportedError: no configuration runs these schemes together.
+        DataError: `by` asks for the fitted model of a GPU without recorded launches.
     """
-    return _choose(tuple(schemes), n, k, rounded_rows(num_rows), gpu, among)
+    return _choose(tuple(schemes), n, k, rounded_rows(num_rows), gpu, among, by or ranking(gpu))
 
 
 def rounded_rows(num_rows: int) -> int:
@@ -47,8 +73,37 @@ def rounded_rows(num_rows: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
-    schemes: tuple[QuantScheme, ...], n: int, k: int, rows: int, gpu: GpuSpec, among: tuple[KernelConfig, ...] | None
+    schemes: tuple[QuantScheme, ...],
+    n: int,
+    k: int,
+    rows: int,
+    gpu: GpuSpec,
+    among: tuple[KernelConfig, ...] | None,
+    by: Ranking,
 ) -> KernelConfig:
+    each, more = divmod(rows, len(schemes))
+    load = TokenLoad(tokens_per_expert=tuple(each + (e < more) for e in range(len(schemes))), source="even")
+    if by is Ranking.FITTED:
+        return _chooser(schemes, n, k, gpu, among).choose(load).use.config
+    uses = _uses(schemes, n, k, gpu, among)
+    return uses[int(launch_latencies(gpu, [use.launch(load) for use in uses])["latency_us"].to_numpy().argmin())].config
+
+
+@functools.lru_cache(maxsize=256)
+def _chooser(
+    schemes: tuple[QuantScheme, ...], n: int, k: int, gpu: GpuSpec, among: tuple[KernelConfig, ...] | None
+) -> KernelChooser:
+    # What was learned needs scipy and scikit-learn, a second to import.
+    from costmodel.pricing import KernelChooser
+    from costmodel.shipped import fitted
+
+    return KernelChooser(fitted(gpu).model, gpu, _uses(schemes, n, k, gpu, among))
+
+
+def _uses(
+    schemes: tuple[QuantScheme, ...], n: int, k: int, gpu: GpuSpec, among: tuple[KernelConfig, ...] | None
+) -> list[KernelUse]:
+    """The kernels to choose among, none of them built yet: their occupancy is estimated."""
     slots = tuple(dict.fromkeys(schemes))
     max_experts = table_size(len(schemes))
     configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts) if among is None else among
@@ -57,19 +112,12 @@ def _choose(
         raise UnsupportedError(
             f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}", [example for _, _, example in why]
         )
-    each, more = divmod(rows, len(schemes))
-    load = TokenLoad(tokens_per_expert=tuple(each + (e < more) for e in range(len(schemes))), source="even")
-    launches = [
-        Launch(
-            shape=GemmShape(m=rows, n=n, k=k),
-            load=load,
-            schemes=schemes,
-            config=config,
-            facts=estimated_facts(config, slots, gpu, max_experts=max_experts),
-        )
+    facts = {config: estimated_facts(config, slots, gpu, max_experts=max_experts) for config in configs}
+    of_experts = schemes if len(slots) > 1 else slots
+    return [
+        KernelUse(n=n, k=k, schemes=of_experts, config=config, ctas_per_sm=facts[config].ctas_per_sm)
         for config in configs
     ]
-    return configs[int(launch_latencies(gpu, launches)["latency_us"].to_numpy().argmin())]
 
 
 def table_size(num_experts: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,10 +34,13 @@ class TokenLoad:
     Attributes:
         tokens_per_expert: one whole number per expert; zeros are idle experts.
         source: a generator with its arguments, or the trace's file and layer.
+        num_tokens: tokens of the batch before routing, of all ranks together; None where that is not known, as of a
+            trace. Loads that differ in it alone are equal.
     """
 
     tokens_per_expert: tuple[int, ...]
     source: str
+    num_tokens: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tokens_per_expert:
@@ -48,6 +51,9 @@ class TokenLoad:
                     f"token load {self.source!r}: expert {expert} has {count!r} tokens;"
                     " a whole number from 0 to 2^31 - 1 is needed"
                 )
+        batch = self.num_tokens
+        if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or not 0 <= batch < 2**31):
+            raise SpecError(f"token load {self.source!r}: num_tokens {batch!r} is no whole number from 0 to 2^31 - 1")
 
     @property
     def num_experts(self) -> int:
@@ -91,7 +97,8 @@ class TokenLoad:
             )
         size = self.num_experts // ranks
         share = self.tokens_per_expert[rank * size : (rank + 1) * size]
-        return TokenLoad(tokens_per_expert=share, source=f"{self.source}, expert-parallel rank {rank} of {ranks}")
+        source = f"{self.source}, expert-parallel rank {rank} of {ranks}"
+        return TokenLoad(tokens_per_expert=share, source=source, num_tokens=self.num_tokens)
 
 
 def uniform(num_experts: int, num_tokens: int, top_k: int, seed: int = 0) -> TokenLoad:
@@ -104,7 +111,9 @@ def uniform(num_experts: int, num_tokens: int, top_k: int, seed: int = 0) -> Tok
 
 
 def zipf(num_experts: int, num_tokens: int, top_k: int, seed: int = 0, *, exponent: float = 1.0) -> TokenLoad:
-    """Random routing; the expert of popularity rank r (the seed shuffles them) has a weight of r^-exponent."""
+    """Random routing; the expert of popularity rank r (the seed shuffles them) has a weight of r^-exponent.
+    SpecError for an exponent beyond 0 to 10, or sizes that cannot be.
+    """
     rng = _checked(num_experts, num_tokens, top_k, seed)
     if not 0 <= exponent <= 10:
         raise SpecError(f"zipf exponent {exponent} must be from 0 to 10")
@@ -114,7 +123,9 @@ def zipf(num_experts: int, num_tokens: int, top_k: int, seed: int = 0, *, expone
 
 
 def log_normal(num_experts: int, num_tokens: int, top_k: int, seed: int = 0, *, sigma: float = 0.7) -> TokenLoad:
-    """Random routing; the experts' weights are exp(sigma * standard normal), that is, softmax of normal logits."""
+    """Random routing; the experts' weights are exp(sigma * standard normal), that is, softmax of normal logits.
+    SpecError for a sigma beyond 0 to 10, or sizes that cannot be.
+    """
     rng = _checked(num_experts, num_tokens, top_k, seed)
     if not 0 <= sigma <= 10:
         raise SpecError(f"log-normal sigma {sigma} must be from 0 to 10")
@@ -172,7 +183,7 @@ def _route(rng: np.random.Generator, log_weights: FloatArray, num_tokens: int, t
 
 def _load(kind: str, counts: npt.NDArray[np.int64], num_tokens: int, top_k: int, seed: int) -> TokenLoad:
     source = f"{kind}, {num_tokens} tokens, top {top_k}, seed {seed}"
-    return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=source)
+    return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=source, num_tokens=num_tokens)
 
 
 def read_trace(path: str | os.PathLike[str]) -> dict[int, TokenLoad]:

@@ -117,6 +117,7 @@ class ProfileRecord:
             "num_experts": self.load.num_experts,
             "tokens_per_expert": list(self.load.tokens_per_expert),
             "load_source": self.load.source,
+            "num_tokens": self.load.num_tokens,
             "schemes": list(_names(self.schemes)),
             "config": self.config.name,
             "status": self.status.value,
@@ -138,7 +139,7 @@ class ProfileRecord:
         """The record of `to_row`'s columns (plain values, None for what is absent)."""
         rest = {name: row[name] for name in _SAME_IN_ROW}
         return cls(
-            load=TokenLoad(tokens_per_expert=tuple(row["tokens_per_expert"]), source=row["load_source"]),
+            load=load_of_row(row),
             schemes=tuple(schemes.parse(name) for name in row["schemes"]),
             config=kernels.parse(row["config"]),
             status=Status(row["status"]),
@@ -146,6 +147,16 @@ class ProfileRecord:
             versions=dict(row["versions"]),
             **rest,
         )
+
+
+def load_of_row(row: Mapping[str, Any]) -> TokenLoad:
+    """The token load of a row of the store; `num_tokens` may be None or NaN where it is not known."""
+    batch = row["num_tokens"]
+    return TokenLoad(
+        tokens_per_expert=tuple(int(count) for count in row["tokens_per_expert"]),
+        source=row["load_source"],
+        num_tokens=None if batch is None or batch != batch else int(batch),
+    )
 
 
 _SAME_IN_ROW = (

@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("num_experts", pa.int32()),
         ("tokens_per_expert", pa.list_(pa.int32())),
         ("load_source", pa.string()),
+        ("num_tokens", pa.int32()),
         ("schemes", pa.list_(pa.string())),
         ("config", pa.string()),
         ("status", pa.string()),
@@ -48,7 +49,8 @@ SCHEMA = pa.schema(
         ("schema_version", pa.int32()),
     ]
 )
-NULLABLE = {"latency_us", "p20_us", "p80_us", "sm_clock_mhz"}
+_MAY_BE_ABSENT = ("latency_us", "p20_us", "p80_us", "sm_clock_mhz")
+NULLABLE = {*_MAY_BE_ABSENT, "num_tokens"}
 OUTCOME = ("status", "latency_us", "p20_us", "p80_us")  # what two rows of one candidate must agree in
 
 Mask = npt.NDArray[np.bool_]
@@ -86,14 +88,22 @@ def read_parquet(path: Path) -> pa.Table:
                 raise DataError(
                     f"{path}: its schema version is {version}; this version of bitile reads {SCHEMA_VERSION}"
                 )
-    missing = [name for name in SCHEMA.names if name not in names]
+    missing = [name for name in SCHEMA.names if name not in names and name != "num_tokens"]
     extra = [name for name in names if name not in SCHEMA.names]
     if missing or extra:
         raise DataError(f"{path}: not a profile (missing columns: {_listed(missing)}; unknown: {_listed(extra)})")
     try:
-        return table.select(SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
+        return _with_num_tokens(table).select(SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"{path}: a column is not of a profile's type ({error})") from error
+
+
+def _with_num_tokens(table: pa.Table) -> pa.Table:
+    """A file from before the column has its numbers in the texts of generated loads: "zipf, 512 tokens, ..."."""
+    if "num_tokens" in table.column_names:
+        return table
+    named = pc.extract_regex(table.column("load_source").cast(pa.string()), r"(?:^|, )(?P<n>[0-9]{1,9}) tokens(?:,|$)")
+    return table.append_column("num_tokens", pc.struct_field(named, "n").cast(pa.int32()))
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -179,7 +189,8 @@ def _rules(table: pa.Table) -> Iterator[tuple[str, str, Mask]]:
     yield "latency_us", "a finished candidate has a latency", ok & absent("latency_us")
     for name in ("latency_us", "p20_us", "p80_us"):
         yield name, "a candidate that failed has none", ~ok & ~absent(name)
-    for name in sorted(NULLABLE):
+    yield "num_tokens", "a number of at least 0 is needed", ~absent("num_tokens") & (numbers("num_tokens") < 0)
+    for name in _MAY_BE_ABSENT:
         value = numbers(name)
         with np.errstate(invalid="ignore"):
             yield name, "a positive, finite number is needed", ~absent(name) & ~((value > 0) & np.isfinite(value))

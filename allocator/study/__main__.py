@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from allocator.allocation import Allocation
+from allocator.arrays import InfeasibleError
 from allocator.budget import Budget
 from allocator.command import check_outputs
 from allocator.extras import require_study
@@ -66,6 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     evaluator = run.evaluator_of(_problem(arguments))
+    _require_bits(evaluator)
     with open_storage(arguments.storage or f"sqlite:///{arguments.out.absolute().with_suffix('.db')}") as storage:
         try:
             study = run.run(evaluator, settings, storage, on_trial=None if arguments.quiet else _show)
@@ -78,11 +80,27 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         written = _write(study, evaluator, settings, arguments.out)
         if not written and code == 0:
-            raise SpecError(
-                f"none of the study's {run.num_done(study)} trials holds every limit; raise a limit or --trials"
+            over = ", ".join(f"{name} by {above:.4g}" for name, above in run.nearest(study).items())
+            raise InfeasibleError(
+                f"none of the study's {run.num_done(study)} trials holds every limit"
+                + (f"; the nearest is over {over}" if over else "")
+                + ": raise a limit by so much, allow more schemes or --trials"
             )
         print(json.dumps(_summary(study, written)) if arguments.json else _report(study, written))
     return code
+
+
+def _require_bits(evaluator: Evaluator) -> None:
+    """InfeasibleError: even the leanest schemes have more bits than the budget."""
+    problem = evaluator.problem
+    least = float(
+        np.average(np.where(np.isfinite(problem.loss), problem.bits, np.inf).min(axis=1), weights=problem.sizes)
+    )
+    if least > problem.avg_bits * (1 + 1e-12):
+        raise InfeasibleError(
+            f"the budget cannot be met: avg_bits {problem.avg_bits:g} is {least - problem.avg_bits:.3g} below the least"
+            f" possible, {least:g}; raise it to that or allow cheaper schemes"
+        )
 
 
 def _problem(arguments: argparse.Namespace) -> Problem:
@@ -131,11 +149,13 @@ def _corrected(path: Path, sensitivity: Sensitivity, shape: MoeShape) -> Any:
 
 def _pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str, str]]:
     """(option, name, value) of NAME=VALUE texts."""
-    pairs = []
+    pairs: list[tuple[str, str, str]] = []
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise SpecError(f"{option} {text}: expected NAME=VALUE")
+        if any(name == known for _, known, _ in pairs):
+            raise SpecError(f"{option} {text}: {name} is there twice")
         pairs.append((option, name, value))
     return pairs
 

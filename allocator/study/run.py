@@ -56,6 +56,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.num_trials < 1:
             raise SpecError(f"a study needs at least 1 trial, not {self.num_trials}")
+        if self.seed < 0:
+            raise SpecError(f"a seed is a number of at least 0, not {self.seed}")
 
 
 def evaluator_of(problem: Problem) -> Evaluator:
@@ -162,6 +164,15 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
         if not front or trial.values[1] < front[-1].values[1]:
             front.append(trial)
     return front
+
+
+def nearest(study: optuna.Study) -> dict[str, float]:
+    """By limit, what the trial that comes nearest to holding all of them is over it, in the limit's unit; empty where
+    none was finished.
+    """
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    over = [{name: above for name, above in trial.constraints.items() if above > 0} for trial in finished]
+    return min(over, key=lambda each: (len(each), sum(each.values())), default={})
 
 
 def choice_of(trial: FrozenTrial, evaluator: Evaluator) -> Choice:

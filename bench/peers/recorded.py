@@ -44,8 +44,8 @@ def read_launches(paths: Sequence[Path], card: Card = H200) -> pd.DataFrame:
     top_k = {name: models.model(name).top_k for name in frame["model"].unique()}
     frame = frame[frame["tokens_per_expert"].map(sum) > 0].reset_index(drop=True)  # nothing to do has no roofline
     rows = frame["tokens_per_expert"].map(sum) // frame["model"].map(top_k)
-    said = frame["load_source"].str.extract(r"\b(\d+) tokens\b", expand=False)  # an expert-parallel slice has a share
-    frame["tokens"] = said.where(said.notna(), rows).astype(int)
+    # An expert-parallel slice has a share of the batch's rows.
+    frame["tokens"] = frame["num_tokens"].where(frame["num_tokens"].notna(), rows).astype(int)
     frame["load"] = frame["load_source"].str.split(",").str[0]
     return frame
 

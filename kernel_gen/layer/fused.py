@@ -85,6 +85,7 @@ class FusedSteps:
         """bf16 [T, H] to rows in expert order, each in the form that its expert's first linear reads.
 
         routing: the places; None: worked out here, of at most MAX_RANKED_IDS ids. for_swiglu: `swiglu` below is next.
+        UnsupportedError for a top_k that no kernel holds.
         """
         tokens, top_k = expert_ids.shape
         if top_k > MAX_TOP_K:
@@ -149,7 +150,9 @@ class FusedSteps:
             )
 
     def quantize(self, product: Tensor, routing: Routing) -> Activations:
-        """bf16 [rows, I], silu(gate) * up from a GEMM's epilogue, in the form that its expert's second linear reads."""
+        """bf16 [rows, I], silu(gate) * up from a GEMM's epilogue, in the form that its expert's second linear reads.
+        SpecError for rows that the second GEMM could not read where they are.
+        """
         kinds, aligned = self._specs.quantized, _is_aligned(product, self._specs.intermediate)
         has_bf16 = len(kinds) < len(self._specs.second)
         if has_bf16 and not aligned:
@@ -163,7 +166,9 @@ class FusedSteps:
         return dataclasses.replace(x, addresses=addresses, tensors=(product, *x.tensors))
 
     def combine(self, y: Tensor, routing: Routing, expert_weights: Tensor) -> Tensor:
-        """bf16 [rows, H] to bf16 [T, H]: each token's rows times floats [T, top_k], added in float32 in that order."""
+        """bf16 [rows, H] to bf16 [T, H]: each token's rows times floats [T, top_k], added in float32 in that order.
+        UnsupportedError for a top_k that no kernel holds.
+        """
         tokens, top_k = routing.positions.shape
         if top_k > MAX_TOP_K:
             raise UnsupportedError("the fused combine", [f"top_k {top_k}, at most {MAX_TOP_K}"])

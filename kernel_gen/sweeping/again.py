@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kernel_gen.sweeping.candidates import Workload
 from kernel_gen.sweeping.plan import Cell, LoadCase
@@ -13,6 +12,7 @@ from profiles import kernels, schemes
 from profiles.errors import DataError
 from profiles.gpus import GpuSpec
 from profiles.loads import TokenLoad
+from profiles.records import load_of_row
 
 
 def cells_again(paths: Sequence[Path], number: int, gpu: GpuSpec) -> list[Cell]:
@@ -28,13 +28,15 @@ def cells_again(paths: Sequence[Path], number: int, gpu: GpuSpec) -> list[Cell]:
     if (other := str(rows["gpu"].iloc[0])) != gpu.name:
         raise DataError(f"the recorded launches are of {other}, not {gpu.name}")
     found: dict[tuple[Workload, TokenLoad], list[tuple[str, float]]] = {}
-    for row in choose(rows, number).to_dict("records"):
-        key = _workload(row), _load(row)
+    for row in cast(list[dict[str, Any]], choose(rows, number).to_dict("records")):
+        key = _workload(row), load_of_row(row)
         found.setdefault(key, []).append((row["config"], float(row["latency_us"])))
     return [
         Cell(
             workload=workload,
-            case=LoadCase(kind=load.source, tokens=_tokens(load), load=load),
+            case=LoadCase(
+                kind=load.source, tokens=load.total if load.num_tokens is None else load.num_tokens, load=load
+            ),
             configs=tuple(kernels.parse(name) for name, _ in configs),
             prices_us=tuple(latency_us for _, latency_us in configs),
         )
@@ -53,15 +55,3 @@ def _workload(row: dict[Any, Any]) -> Workload:
         schemes=used,
         label="+".join(dict.fromkeys(scheme.name for scheme in used)),
     )
-
-
-def _load(row: dict[Any, Any]) -> TokenLoad:
-    return TokenLoad(
-        tokens_per_expert=tuple(int(count) for count in row["tokens_per_expert"]), source=row["load_source"]
-    )
-
-
-def _tokens(load: TokenLoad) -> int:
-    """Tokens of the batch, which generated loads name; of others the rows."""
-    named = re.search(r"(\d+) tokens", load.source)
-    return int(named[1]) if named else load.total

@@ -18,6 +18,7 @@ from kernel_gen.sweeping.plan import (
     DEFAULT_LINEARS,
     DEFAULT_TOKENS,
     LINEARS,
+    LOADS_PER_WORKLOAD,
     Backend,
     Mix,
     SweepRequest,
@@ -164,6 +165,13 @@ def parser() -> argparse.ArgumentParser:
         " time of one that is lent",
     )
     how.add_argument(
+        "--cells",
+        type=int,
+        metavar="N",
+        help="only N cells (a scheme, linear and load), drawn by lot: schemes and linears shuffled,"
+        f" {LOADS_PER_WORKLOAD} loads of each until there are N",
+    )
+    how.add_argument(
         "--shuffle",
         action="store_true",
         help="models, linears and schemes in an order drawn by lot, so that a sweep that is cut short has some of each",
@@ -222,6 +230,8 @@ def parse(argv: Sequence[str] | None) -> Options:
         raise SpecError(f"--seed {given.seed}: it must not be negative")
     if given.tries is not None and not 1 <= given.tries <= 1000:
         raise SpecError(f"--tries {given.tries}: expected 1 to 1000")
+    if given.cells is not None and given.cells < 1:
+        raise SpecError(f"--cells {given.cells}: at least 1")
     if not 0 < given.time_limit < 86400:
         raise SpecError(f"--time-limit {given.time_limit:g}: seconds, more than 0 and less than a day")
     families = _families(given.family, gpu)
@@ -245,6 +255,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         tries=given.launches or DEFAULT_LAUNCHES if given.again else given.tries,
         families=families,
         shuffle=given.shuffle,
+        num_cells=given.cells,
     )
     return Options(
         request=request,
@@ -281,7 +292,7 @@ def _check_again(given: argparse.Namespace) -> None:
         return
     if given.guided or given.worth or given.backend == Backend.PREDICT.value:
         raise SpecError("--again measures what was measured before: leave out --guided, --worth and --backend predict")
-    for name in ("model", "linear", "tokens", "load", "schemes", "mixed", "tries"):
+    for name in ("model", "linear", "tokens", "load", "schemes", "mixed", "tries", "cells"):
         if getattr(given, name):
             raise SpecError(f"--again measures launches that the profiles hold: leave out --{name}")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import profiles
 from profiles.errors import DataError, SpecError
 from profiles.gpus import GpuSpec
+from profiles.places import committed_profiles
 
 if TYPE_CHECKING:
     from kernel_gen.sweeping.guided import Guidance
@@ -38,16 +38,15 @@ class GuidedOptions:
     def guidance(self, gpu: GpuSpec, say: Callable[[str], None]) -> Guidance:
         """DataError for a model that is refused or of another GPU."""
         # What learns needs scipy and scikit-learn, a second to import that other sweeps are spared.
-        from costmodel import fit, model_file
-        from costmodel.sessions import usable
+        from costmodel import model_file, shipped
         from kernel_gen.sweeping.guided import Guidance
 
         base, name = None, "the analytic core"
         if self.latency_model is not None:
             base, name = model_file.read(self.latency_model), str(self.latency_model)
-        elif not self.without_model and (paths := committed(gpu)):
-            say(f"fitting a latency model on the profiles of {gpu.name} that come with bitile")
-            base = fit.fit(usable(fit.read_profiles(paths)))
+        elif not self.without_model and committed_profiles(gpu.name):
+            say(f"the latency model of the launches of {gpu.name} that come with bitile; fitted now if it never was")
+            base = shipped.fitted(gpu)
             name = f"a model of {base.num_rows} launches"
         if base is not None and base.gpu != gpu.name:
             raise DataError(f"{name} was fitted on {base.gpu}, not {gpu.name}: fit one, or pass --latency-model none")
@@ -59,11 +58,6 @@ class GuidedOptions:
             max_seconds=self.max_seconds,
             batch=self.batch,
         )
-
-
-def committed(gpu: GpuSpec) -> list[Path]:
-    """The profiles of a GPU that come with the package."""
-    return sorted(Path(profiles.__path__[0], "data", gpu.name).glob("*.parquet"))
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +77,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--latency-model",
         metavar="FILE",
         help="made by python -m costmodel.fit, to begin from; none: the analytic core"
-        " (default: one fitted now on the GPU's profiles that come with bitile, if there are any)",
+        " (default: one fitted on the GPU's profiles that come with bitile, if there are any)",
     )
     guided.add_argument(
         "--goal",

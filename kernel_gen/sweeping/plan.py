@@ -27,6 +27,8 @@ from profiles.schemes import KERNEL_SCHEMES, QuantScheme
 
 LINEARS = ("gate_up", "down", "shared_gate_up", "shared_down")
 DEFAULT_LINEARS = LINEARS[:2]
+LOADS_PER_WORKLOAD = 4
+"""Of cells that are drawn by lot."""
 DEFAULT_TOKENS = {
     Effort.QUICK: (1, 16, 64, 256, 1024, 4096),
     Effort.FULL: tuple(1 << exponent for exponent in range(14)),
@@ -54,7 +56,7 @@ class Mix:
 
     def assign(self, num_experts: int, seed: int) -> tuple[QuantScheme, ...]:
         """One scheme per expert: shares rounded so that the counts add up and every scheme has an expert, experts
-        shuffled by the seed.
+        shuffled by the seed. SpecError for fewer experts than schemes.
         """
         if num_experts < len(self.shares):
             raise SpecError(f"--mixed {self.label} needs at least {len(self.shares)} experts; there are {num_experts}")
@@ -72,7 +74,7 @@ class Mix:
 class SweepRequest:
     """Everything a sweep depends on. `loads` are generators' names or traces' paths; `limit_s` bounds one candidate;
     `tries` configurations are measured per workload and load, as many as the effort says by default. `shuffle`:
-    workloads in an order drawn by lot, each with all of its loads.
+    workloads in an order drawn by lot. `num_cells`: of all that, so many cells drawn by lot; None: every one.
     """
 
     gpu: GpuSpec
@@ -90,6 +92,7 @@ class SweepRequest:
     tries: int | None = None
     families: tuple[Family, ...] = ALL_FAMILIES
     shuffle: bool = False
+    num_cells: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,16 +145,33 @@ def plan(request: SweepRequest) -> list[Cell]:
     UnsupportedError, with every reason, for a scheme or mix without a legal configuration; SpecError for loads that do
     not fit a model.
     """
-    by_workload: list[list[Cell]] = []
+    asked: list[tuple[Workload, Sequence[LoadCase]]] = []
     for model in request.models:
         for linear in request.linears:
             cases = list(load_cases(request, model, linear))
-            for workload in _workloads(request, model, linear):
-                by_workload.append(_ranked(request, workload, cases))
-    if request.shuffle:
-        order = np.random.default_rng(request.seed).permutation(len(by_workload))
-        by_workload = [by_workload[index] for index in order]
-    return [cell for cells in by_workload for cell in cells]
+            asked += [(workload, cases) for workload in _workloads(request, model, linear)]
+    rng = np.random.default_rng(request.seed)
+    if request.shuffle or request.num_cells is not None:
+        asked = [asked[index] for index in rng.permutation(len(asked))]
+    if request.num_cells is not None:
+        asked = _drawn(asked, request.num_cells, rng)
+    return [cell for workload, cases in asked for cell in _ranked(request, workload, cases)]
+
+
+def _drawn(
+    asked: Sequence[tuple[Workload, Sequence[LoadCase]]], number: int, rng: np.random.Generator
+) -> list[tuple[Workload, Sequence[LoadCase]]]:
+    """The first workloads, with a few of their loads each, by lot: a few, since what is prepared for a workload serves
+    all of its loads, and many alike would say little.
+    """
+    drawn: list[tuple[Workload, Sequence[LoadCase]]] = []
+    for workload, cases in asked:
+        if number <= 0:
+            break
+        some = sorted(rng.permutation(len(cases))[: min(LOADS_PER_WORKLOAD, number)].tolist())
+        drawn.append((workload, [cases[index] for index in some]))
+        number -= len(some)
+    return drawn
 
 
 def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[LoadCase]:
@@ -160,11 +180,9 @@ def load_cases(request: SweepRequest, model: MoeShape, linear: str) -> Iterator[
     seen: set[tuple[int, ...]] = set()
     for kind in request.loads:
         for case in _generated(request, model, kind) if kind in GENERATORS else _traced(model, Path(kind)):
-            load = (
-                TokenLoad(tokens_per_expert=(case.tokens,), source=f"every token, {case.tokens} tokens")
-                if shared
-                else case.load
-            )
+            load, tokens = case.load, case.tokens
+            if shared:
+                load = TokenLoad(tokens_per_expert=(tokens,), source=f"every token, {tokens} tokens", num_tokens=tokens)
             if (
                 load.tokens_per_expert not in seen
             ):  # one candidate cannot be two rows: with one token, two kinds of load may be the same

@@ -47,6 +47,9 @@ def test_reweighting_goes_with_tokens() -> None:
     few = {i: TokenLoad(tokens_per_expert=(5, 5), source="few") for i in range(LAYERS)}
     with pytest.raises(DataError, match="layer 0 has 2 experts, the calibrated one 16"):
         reweighted(base, EVEN, few, "few")
+    idle = other | {1: TokenLoad(tokens_per_expert=(0,) * EXPERTS, source="idle")}
+    with pytest.raises(DataError, match="load idle: layer 1 of its trace has no tokens"):
+        reweighted(base, EVEN, idle, "idle")
 
 
 def test_no_regret_at_home_and_some_abroad(several: dict[str, Sensitivity]) -> None:

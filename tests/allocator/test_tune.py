@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 
 from allocator import Allocation
-from allocator.scenarios import parse_loads, predicted_table, profiled_table, typical_load
+from allocator.scenarios import learned_table, parse_loads, predicted_table, profiled_table, typical_load
 from allocator.stages import Stages
 from allocator.tune import main
 from allocator.verify import Verification
+from costmodel import shipped
+from costmodel.table import CostTable
 from profiles import schemes
 from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu
@@ -55,6 +57,8 @@ def test_end_to_end_then_found(checkpoint: Path, tmp_path: Path, capsys: pytest.
     assert first["stages"] == dict.fromkeys(stages, "made")
     assert first["latency_source"] == "predicted"
     assert "predicted, not measured" in first["notes"][0]
+    assert "fitted on h200's launches that come with bitile" in first["notes"][0]
+    assert CostTable.read(tmp_path / "cost.parquet").model_version.startswith("latency-")
     assert "latencies of finalists are predicted, not measured: no h200 here" in first["notes"][1]
     allocation = Allocation.read(tmp_path / "allocation.json")
     assert allocation.avg_weight_bits <= 4.6
@@ -268,6 +272,20 @@ def test_predicted_and_profiled_tables_agree() -> None:
     assert "no rows of 1500 tokens" in profiled_table(profile, gpu("h200"), QWEN, more)[1][0]
     with pytest.raises(DataError, match=r"no rows of mixtral-8x7b on h200; it has qwen1\.5"):
         profiled_table(profile, gpu("h200"), model("mixtral-8x7b"), loads)
+
+
+def test_a_learned_table_has_every_linear_and_follows_what_was_measured() -> None:
+    loads = {"decode": typical_load({0: log_normal(60, 8192, 4, 0)}, QWEN, 16, "decode")}
+    some = tuple(map(schemes.parse, ("w4a16_g128_sym", "w8a8_g-1_sym", "w4a16_g64_asym")))
+    h200 = gpu("h200")
+    learned, analytic = learned_table(shipped.fitted(h200), QWEN, loads, some), predicted_table(h200, QWEN, loads, some)
+    key = ["linear", "scheme", "scenario"]
+    both = learned.frame().merge(analytic.frame(), on=key)
+    assert len(both) == len(learned.frame()) == len(analytic.frame())
+    assert set(both["linear"]) == {"gate_up", "down", "shared_gate_up", "shared_down"}
+    assert (both["latency_us_x"] / both["latency_us_y"]).between(0.4, 2.5).all()
+    with pytest.raises(SpecError, match="none of w4a4_g128_sym has a kernel for h200"):
+        learned_table(shipped.fitted(h200), QWEN, loads, [schemes.parse("w4a4_g128_sym")])
 
 
 def test_a_stage_is_found_by_content(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode  # noqa: E402
 
 import kernel_gen  # noqa: E402
 from costmodel.facts import BuildFacts  # noqa: E402
-from kernel_gen import runtime  # noqa: E402
+from kernel_gen import runtime, select  # noqa: E402
 from kernel_gen.experts import Experts  # noqa: E402
 from kernel_gen.formats import PackedWeights  # noqa: E402
 from kernel_gen.kernels import KernelSpec  # noqa: E402
@@ -64,6 +64,7 @@ def h200(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(select, "ranking", lambda gpu: select.Ranking.CORE)  # nothing has to be fitted first
     for cached in (runtime._gpu_of, library_of):
         cached.cache_clear()
     with FakeTensorMode():

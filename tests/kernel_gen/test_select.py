@@ -1,11 +1,15 @@
 """Choosing a configuration without measuring."""
 
+import numpy as np
 import pytest
 
+from costmodel.features import Kernels
+from costmodel.shipped import fitted
 from kernel_gen.legality import reasons
-from kernel_gen.select import choose, table_size
+from kernel_gen.select import Ranking, _uses, choose, ranking, table_size
 from profiles import gpus, schemes
-from profiles.errors import SpecError, UnsupportedError
+from profiles.errors import DataError, SpecError, UnsupportedError
+from profiles.loads import TokenLoad
 
 W4 = schemes.parse("w4a16_g128_sym")
 W8 = schemes.parse("w8a8_g-1_sym")
@@ -39,6 +43,23 @@ def test_five_schemes_are_refused_with_the_number() -> None:
 def test_more_experts_than_a_table_holds_are_refused() -> None:
     with pytest.raises(SpecError, match="experts: expected at most 1024, which a kernel's table holds, got 1025"):
         choose([W4] * 1025, 1024, 512, 64, gpus.gpu("h200"))
+
+
+def test_the_fitted_model_chooses_where_launches_were_recorded_and_the_core_elsewhere() -> None:
+    h200, rtx4090 = gpus.gpu("h200"), gpus.gpu("rtx4090")
+    assert (ranking(h200), ranking(rtx4090)) == (Ranking.FITTED, Ranking.CORE)
+    sizes = (1, 16, 64, 256, 1024, 4096, 32768)
+    by_model, by_core = (
+        [choose([W4] * 60, 2816, 2048, rows, h200, by=by) for rows in sizes] for by in (Ranking.FITTED, Ranking.CORE)
+    )
+    assert by_model == [choose([W4] * 60, 2816, 2048, rows, h200) for rows in sizes]
+    assert by_model != by_core
+    uses = _uses((W4,) * 60, 2816, 2048, h200, None)
+    load = TokenLoad(tokens_per_expert=(18,) * 4 + (17,) * 56, source="even")
+    X = Kernels(h200, uses).matrix([load], np.arange(len(uses)), np.zeros(len(uses), dtype=np.intp))
+    assert uses[int(fitted(h200).model.latencies_us(X).argmin())].config == by_model[4]
+    with pytest.raises(DataError, match="no launches of rtx4090"):
+        choose([W4] * 60, 2816, 2048, 64, rtx4090, by=Ranking.FITTED)
 
 
 @pytest.mark.parametrize(("experts", "size"), [(8, 256), (256, 256), (257, 512), (1024, 1024)])

@@ -204,3 +204,12 @@ def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         write_trace({0: uniform(4, 8, 2)}, tmp_path / "nowhere" / "trace.json")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", loads.GENERATORS)
+def test_a_load_carries_its_batch(kind: str) -> None:
+    load = loads.generate(kind, 8, 12, 2, 0)
+    assert load.num_tokens == load.expert_parallel(2, 0).num_tokens == 12
+    assert load == loads.TokenLoad(tokens_per_expert=load.tokens_per_expert, source=load.source)
+    with pytest.raises(SpecError, match="num_tokens -1"):
+        loads.TokenLoad(tokens_per_expert=(1,), source="bad", num_tokens=-1)

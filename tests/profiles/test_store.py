@@ -1,6 +1,7 @@
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from profiles import journal as journals
+from profiles import loads
 from profiles import store as stores
 from profiles import table as tables
 from profiles.errors import DataError, SpecError
 from profiles.kernels import parse as parse_config
+from profiles.loads import TokenLoad
 from profiles.records import ProfileRecord, Source, Status
 from profiles.schemes import parse
 from profiles.store import ProfileStore, merge
@@ -69,6 +72,23 @@ def test_append_needs_no_with(path: Path) -> None:
     store.append(record(1))
     store.close()
     assert len(store.records()) == 2
+
+
+def test_batch_sizes_of_files_from_before_the_column_are_those_that_their_loads_name(path: Path) -> None:
+    of_batch = [loads.zipf(8, 48, 2), loads.uniform(8, 512, 2).expert_parallel(2, 1)]
+    of_nothing = [
+        TokenLoad(tokens_per_expert=(3, 4), source=source) for source in ("a trace of 9 tokens", "trace.json")
+    ]
+    entries = [replace(record(index), load=load) for index, load in enumerate((*of_batch, *of_nothing))]
+    fill(path, *entries)
+    assert [entry.load.num_tokens for entry in ProfileStore(path).load()] == [48, 512, None, None]
+    pq.write_table(pq.read_table(path).drop_columns("num_tokens"), path)
+    assert [entry.load.num_tokens for entry in ProfileStore(path).load()] == [48, 512, None, None]
+    assert ProfileStore(path).load() == entries
+    with ProfileStore(path) as store:
+        store.append(replace(record(4), load=loads.uniform(8, 7, 2)))
+    assert ProfileStore(path).records()["num_tokens"].tolist()[:2] == [48, 512]
+    assert ProfileStore(path).load()[-1].load.num_tokens == 7
 
 
 def test_there_is_nothing_in_a_profile_that_is_not_there(path: Path) -> None:

@@ -76,10 +76,22 @@ def test_ctrl_c_loses_nothing(files, tmp_path):
     Allocation.read(tmp_path / "best.json")
 
 
+DECODE = f"decode={LOADS['decode'].source}"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--budget-bits", "1.0"], "none of the study's 3 trials holds every limit"),
+        (["--budget-bits", "1.0"], "avg_bits 1 is 1.25 below the least possible, 2.25"),
+        (
+            ["--budget-bits", "4.25", "--objective", "loss", "--max-latency", "decode=1", "--scenario", DECODE],
+            "the nearest is over max_latency_us[decode] by",
+        ),
+        (["--budget-bits", "4.25", "--max-latency", "decode=9", "--max-latency", "decode=8"], "decode is there twice"),
+        (["--budget-bits", "4.25", "--seed", "-1"], "a seed is a number of at least 0"),
+        (["--budget-bits", "4.25", "--out", "."], "--out .: it is a folder"),
+        (["--budget-bits", "4.25", "--storage", "sqlite://"], "trials in memory are lost"),
+        (["--budget-bits", "4.25", "--latency-model", "none.npz"], "none.npz: no such file"),
         (["--budget-bits", "-1"], "avg_weight_bits is -1.0"),
         (["--budget-bits", "4.25", "--trials", "0"], "at least 1 trial"),
         (["--budget-bits", "4.25", "--loss-weight", "2"], "from 0 to 1"),
@@ -97,7 +109,9 @@ def test_ctrl_c_loses_nothing(files, tmp_path):
     ],
 )
 def test_a_mistake_is_one_sentence(files, tmp_path, capsys, options, words):
-    more = [*options, "--out", str(tmp_path / "best.json"), "--quiet"]
+    more = [*options, "--quiet"]
+    if "--out" not in options:
+        more += ["--out", str(tmp_path / "best.json")]
     if "--trials" not in options:
         more += ["--trials", "3"]
     assert main(command(files, *more)) == 2

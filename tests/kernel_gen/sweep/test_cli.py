@@ -54,6 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
         ("--gpu rtx4090 --load sometimes", "unknown load 'sometimes'"),
         ("--gpu rtx4090 --load broken.json", "broken.json"),
         ("--gpu rtx4090 --load seven.json", "has 7 experts, qwen1.5-moe-a2.7b has 60"),
+        ("--gpu rtx4090 --cells 0", "--cells 0: at least 1"),
         ("--gpu rtx4090 --build-only --guided", "leave out --guided and --worth"),
         ("--gpu rtx4090 --build-only --backend predict", "leave out --bundle, --ray and --backend predict"),
         ("--gpu rtx4090 --mixed w16a16", "at least two schemes"),

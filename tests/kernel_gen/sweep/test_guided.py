@@ -9,10 +9,11 @@ import pytest
 
 from costmodel.table import CostTable
 from kernel_gen.sweep import main
-from kernel_gen.sweeping import backends, guided_arguments
+from kernel_gen.sweeping import backends
 from kernel_gen.sweeping.builds import Built
 from kernel_gen.sweeping.candidates import Candidate
 from kernel_gen.sweeping.isolation import WorkerPool
+from profiles.places import committed_profiles
 from profiles.records import Source, Status
 from profiles.store import ProfileStore
 from tests.kernel_gen.sweep.replay import ReplayBench, latency_us
@@ -197,11 +198,10 @@ def test_a_model_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_committed_profiles_are_found() -> None:
-    from profiles import gpus
 
-    assert all(path.suffix == ".parquet" for path in guided_arguments.committed(gpus.gpu("h200")))
-    assert guided_arguments.committed(gpus.gpu("h200"))
-    assert guided_arguments.committed(gpus.gpu("rtx4090")) == []
+    assert all(path.suffix == ".parquet" for path in committed_profiles("h200"))
+    assert committed_profiles("h200")
+    assert committed_profiles("rtx4090") == []
 
 
 def test_worth_measures_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

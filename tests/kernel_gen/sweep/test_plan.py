@@ -1,6 +1,7 @@
 """Which workloads and loads a request comes to."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,19 @@ def test_shuffled_are_whole_workloads() -> None:
     assert sorted(shuffled, key=str) == sorted(cells, key=str)
     assert [cell.case.tokens for cell in shuffled] == [cell.case.tokens for cell in cells]
     assert all(first.workload == second.workload for first, second in zip(shuffled[::2], shuffled[1::2], strict=True))
+
+
+def test_drawn_cells_are_some_of_all_a_few_loads_a_workload() -> None:
+    asked = dataclasses.replace(
+        request("qwen1.5-moe-a2.7b", linears=("gate_up", "down"), loads=("uniform", "zipf", "one_hot")),
+        tokens=(1, 16, 64, 256),
+        schemes=tuple(schemes.parse(name) for name in ("w4a16_g128_sym", "w16a16", "w8a8_g-1_sym")),
+    )
+    every = plan(asked)
+    drawn = plan(dataclasses.replace(asked, num_cells=10))
+    assert len(drawn) == 10
+    assert all(cell in every for cell in drawn)
+    assert [len(list(cells)) for _, cells in itertools.groupby(drawn, key=lambda cell: cell.workload)] == [4, 4, 2]
+    assert plan(dataclasses.replace(asked, num_cells=10)) == drawn
+    assert plan(dataclasses.replace(asked, num_cells=10, seed=4)) != drawn
+    assert len(plan(dataclasses.replace(asked, num_cells=1000))) == 6 * 4
