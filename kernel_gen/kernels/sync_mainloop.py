@@ -84,7 +84,7 @@ class SyncMainloop(WgmmaMainloop):
         return cute.make_rmem_tensor(((2, 2, self.token_blocks), self.m_units, 1), kind)
 
     def register_set(self):
-        """What is read of a k-tile: packed words; B fragments; scales and zero points of rows g and g + 8, as stored."""
+        """What is read of a k-tile: packed words; B fragments; scales and zero points of rows g and g + 8."""
         return (
             cute.make_rmem_tensor((self.weights.tile_words, self.m_units), Int32),
             cute.make_rmem_tensor((2 * K_STEPS, self.token_blocks), Int32),

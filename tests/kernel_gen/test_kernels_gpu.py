@@ -29,9 +29,10 @@ WGMMA_CONFIGS = (
     "wgmma_128x128_w8x1x1_s4_k1_at_o1",
     "wgmma_256x64_w8x1x1_s3_k1_af_o1_t32",
     "wgmma_192x64_w12x1x1_s4_k1_at_o1",
-    "wgmma_256x16_w8x1x1_s3_k1_at_o1",
+    "wgmma_256x16_w8x1x1_s3_k1_at_o1_t8",
+    "wgmma_128x8_w4x1x1_s5_k1_at_o2",
     "wgmma_128x64_w8x1x1_s3_k1_at_o1_c2_t16",
-    "wgmma_64x16_w4x1x1_s4_k4_at_o2",
+    "wgmma_64x8_w4x1x1_s4_k4_at_o2",
     "wgmma_256x16_w8x1x1_s3_k2_at_o1",
 )
 DECODE, MIDDLE = MMA_CONFIGS[1], MMA_CONFIGS[2]

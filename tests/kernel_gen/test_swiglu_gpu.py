@@ -16,7 +16,12 @@ from tests.kernel_gen.gpu_cases import offsets_of, poisoned  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-WGMMA = ("wgmma_64x16_w4x1x1_s4_k1_at_o4", "wgmma_128x64_w8x1x1_s4_k1_at_o2", "wgmma_256x128_w8x1x1_s3_k1_at_o1")
+WGMMA = (
+    "wgmma_64x8_w4x1x1_s4_k1_at_o4",
+    "wgmma_64x16_w4x1x1_s4_k1_at_o4",
+    "wgmma_128x64_w8x1x1_s4_k1_at_o2",
+    "wgmma_256x128_w8x1x1_s3_k1_at_o1",
+)
 MMA = ("mma_64x8_w4x1x1_s5_k1_at_o2", "mma_128x64_w4x2x1_s3_k1_at_o1")
 MIXES = (
     ("w16a16",),
