@@ -13,7 +13,7 @@ features    launches as the matrix that models learn from; its columns, feature_
 sessions    measurements of several hours or machines as one table, and the noise floor between them
 model       LatencyModel, of calibration (the core's factors), forest (what it misses) and conformal (intervals)
 baselines   what LatencyModel must beat, on its interface; NVIDIA's model of GEMMs: matmul_heuristics
-model_file  a fitted model as a file; fit: `python -m costmodel.fit`; shipped: of the launches that come with the package
+model_file  a fitted model as a file; fit: `python -m costmodel.fit`; shipped: of the launches that come with bitile
 pricing     what a fitted model is for: cost tables, marginal costs, choosing a kernel
 evaluation  errors, coverage and regret on held-out groups; evaluate: `python -m costmodel.evaluate`; report and plots
 transfer    a card that was never measured: `python -m costmodel.transfer`; transfer_model, and published figures

@@ -166,8 +166,8 @@ def _asked(X: Matrix) -> npt.NDArray[np.bool_]:
 
 
 def _regimes(X: Matrix) -> npt.NDArray[np.int64]:
-    """A number for family, the math that most experts have, and the class of the token tile or that schemes are mixed;
-    0 without known columns.
+    """A number for family, math and the class of the token tile, or for family and that schemes are mixed, of which
+    there are too few rows to tell more apart; 0 without known columns.
     """
     if X.shape[1] != len(FEATURES):
         return np.zeros(len(X), dtype=np.int64)
@@ -175,4 +175,4 @@ def _regimes(X: Matrix) -> npt.NDArray[np.int64]:
     is_mixed, is_wgmma = X[:, INDEX["num_slots"]] > 1, X[:, INDEX["is_wgmma"]] > 0
     tile = np.searchsorted(_TILE_EDGES, X[:, INDEX["tile_n"]], side="left")
     part = np.where(is_mixed, len(_TILE_EDGES) + 1, tile)
-    return np.asarray((part * 2 + is_wgmma) * len(Math) + math, dtype=np.int64)
+    return np.asarray((part * 2 + is_wgmma) * len(Math) + np.where(is_mixed, 0, math), dtype=np.int64)
