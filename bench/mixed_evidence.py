@@ -1,9 +1,8 @@
 """Mixed allocations against uniform GPTQ on one model: `python -m bench.mixed_evidence --model DIR --sensitivity FILE`.
 
-At equal size: how much of the divergence that uniform GPTQ causes a mixed allocation removes. At equal perplexity: how
-much faster it is, with latencies that were measured for another model's launches (`--priced-as`): a small model has no
-launches of its own that a GPU would notice, so its layers are priced as that model's, each expert an even share of a
-launch in one scheme. Uniform rows are measured with plain GPTQ and with the quantiser of the mixed ones.
+How much of the divergence that uniform GPTQ causes a mixed allocation of the same size removes. Uniform rows are
+measured with plain GPTQ and with the quantiser of the mixed ones. How much faster one is at equal perplexity:
+bench.speed_curve.
 """
 
 from __future__ import annotations
@@ -16,27 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from allocator import Budget, InfeasibleError, Options, Sensitivity, allocate
+from allocator import Budget, Options, Sensitivity, allocate
 from allocator.calibration.quantizer import Method, Quantizer
 from allocator.calibration.streams import Assignment, measure_allocations
-from allocator.sensitivity import SHARED_EXPERT
 from bench.evaluate import add_model_options, open_evaluator, write_text
 from bench.evaluation import Evaluator, average_bits
 from bench.paper_variants import WEIGHT_ACTIVATION, WEIGHT_ONLY, Blend, Uniform, assignment_of
-from costmodel.table import CostTable
 from profiles import schemes
-from profiles.errors import DataError, UserError
-from profiles.models import MoeShape
+from profiles.errors import UserError
 from profiles.schemes import QuantScheme
-from profiles.store import ProfileStore
 
 QUANTIZER = Quantizer(method=Method.GPTQ, clip=True, rotate=True)
 PLAIN = Quantizer(method=Method.GPTQ, clip=False, rotate=False)
-EQUAL_PERPLEXITY = 0.001
-"""Relative. Perplexities this close count as equal: the text is too short to tell them apart."""
-LATENCY_STEPS = 6
 _W4A4, _W8A8 = schemes.parse("w4a4_g128_sym"), schemes.parse("w8a8_g-1_sym")
 SETTINGS: tuple[tuple[str, Uniform | Blend, tuple[QuantScheme, ...], float], ...] = (
     ("2.25 bits, weights", Uniform(scheme=schemes.parse("w2a16_g128_asym")), WEIGHT_ONLY, 2.25),
@@ -48,7 +38,7 @@ SETTINGS: tuple[tuple[str, Uniform | Blend, tuple[QuantScheme, ...], float], ...
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One measured variant. latency_us: by scenario, of the routed experts priced as another model's."""
+    """One measured variant."""
 
     name: str
     group: str
@@ -57,7 +47,6 @@ class Row:
     avg_weight_bits: float
     mean_kl: float
     perplexity: float
-    latency_us: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +57,6 @@ class Variant:
     group: str
     is_mixed: bool
     assignment: Assignment
-    latency_us: Mapping[str, float]
 
 
 def of_size(evaluator: Evaluator, sensitivity: Sensitivity) -> list[Variant]:
@@ -84,54 +72,10 @@ def of_size(evaluator: Evaluator, sensitivity: Sensitivity) -> list[Variant]:
             shape=evaluator.model.shape,
             options=Options(schemes=known),
         )
-        found.append(Variant(name=rule.name, group=setting, is_mixed=False, assignment=uniform, latency_us={}))
+        found.append(Variant(name=rule.name, group=setting, is_mixed=False, assignment=uniform))
         name = f"mixed of {len(known)} schemes"
-        found.append(Variant(name=name, group=setting, is_mixed=True, assignment=mixed.assignment, latency_us={}))
+        found.append(Variant(name=name, group=setting, is_mixed=True, assignment=mixed.assignment))
     return found
-
-
-def priced_as(profile: Path, donor: str, name: str, tokens: Sequence[int], top_k: int) -> CostTable:
-    """A profile's measured launches of one model as another's cost table, for batches of some sizes. DataError: the
-    profile has none such.
-    """
-    rows = ProfileStore(profile).records(source="measured")
-    rows = rows[rows["model"] == donor]
-    batch = rows["tokens_per_expert"].map(lambda counts: int(np.sum(counts)) // top_k)
-    rows = rows[batch.isin(list(tokens))]
-    if rows.empty:
-        raise DataError(f"{profile}: no measured launches of {donor} with {', '.join(map(str, tokens))} tokens")
-    return CostTable.from_profile(rows.assign(model=name, load_source=batch[rows.index].map(lambda n: f"{n} tokens")))
-
-
-def of_latency(shape: MoeShape, sensitivity: Sensitivity, table: CostTable) -> list[Variant]:
-    """Uniform schemes, and for each scenario mixed allocations of falling latency: routed experts only."""
-    frame = sensitivity.frame()
-    routed = Sensitivity(frame[frame["expert"] != SHARED_EXPERT])
-    scenarios = sorted(set(table.frame()["scenario"]))
-    priced = {(row.linear, row.scheme, row.scenario): row.latency_us for row in table.frame().itertuples()}
-    runnable = [
-        s for s in routed.schemes if all((lin, s.name, sc) in priced for lin in ("gate_up", "down") for sc in scenarios)
-    ]
-    found = []
-    for scheme in runnable:
-        one = Options(schemes=(scheme,))
-        made = allocate(routed, table, Budget(avg_weight_bits=17.0), shape=shape, options=one)
-        found.append(_variant(scheme.name, "uniform", False, made.assignment, made.predicted_latency_us))
-    for scenario in scenarios:
-        us = [variant.latency_us[scenario] for variant in found if not variant.is_mixed]
-        for limit in np.geomspace(min(us) * 1.002, max(us), LATENCY_STEPS):
-            budget = Budget(max_latency_us={scenario: float(limit)})
-            try:
-                made = allocate(routed, table, budget, shape=shape, options=Options(schemes=tuple(runnable)))
-            except InfeasibleError:
-                continue
-            name = f"mixed, at most {limit:.0f} us"
-            found.append(_variant(name, scenario, True, made.assignment, made.predicted_latency_us))
-    return found
-
-
-def _variant(name: str, group: str, is_mixed: bool, assignment: Assignment, us: Mapping[str, float]) -> Variant:
-    return Variant(name=name, group=group, is_mixed=is_mixed, assignment=assignment, latency_us=dict(us))
 
 
 def measured(evaluator: Evaluator, variants: Sequence[Variant], quantizer: Quantizer) -> tuple[list[Row], float]:
@@ -154,7 +98,6 @@ def measured(evaluator: Evaluator, variants: Sequence[Variant], quantizer: Quant
             avg_weight_bits=average_bits(evaluator.model.shape, list(variant.assignment), variant.assignment),
             mean_kl=one.kl,
             perplexity=one.perplexity,
-            latency_us=variant.latency_us,
         )
         for variant, one in zip(variants, found.allocations, strict=True)
     ]
@@ -185,9 +128,6 @@ def markdown(command: str, measured_on: Mapping[str, Any], rows: Sequence[Row], 
             excess = (mixed.perplexity - exact) / (row.perplexity - exact)
             lines.append(_size_row(row, setting, f"{1 - mixed.mean_kl / row.mean_kl:.1%} | {1 - excess:.1%}"))
         lines.append(_size_row(mixed, setting, " | "))
-    curves = [row for row in rows if row.latency_us]
-    if curves:
-        lines += ["", "## At equal perplexity", "", *_speed(curves, measured_on)]
     return "\n".join(lines) + "\n"
 
 
@@ -198,39 +138,10 @@ def _size_row(row: Row, setting: str, removed: str) -> str:
     )
 
 
-def _speed(rows: Sequence[Row], measured_on: Mapping[str, Any]) -> list[str]:
-    uniform = [row for row in rows if not row.is_mixed]
-    lines = [
-        f"Routed experts only, each layer priced as one of {measured_on['priced_as']} ({measured_on['profile']}:"
-        " measured launches in one scheme). A mixed launch is charged their linear mix, which no launch has confirmed"
-        f" here. Beside a mixed row stands the fastest uniform scheme whose perplexity is at most"
-        f" {EQUAL_PERPLEXITY:.1%} worse; all rows are rounded with {QUANTIZER.name}.",
-    ]
-    for scenario in sorted({row.group for row in rows if row.is_mixed}, key=lambda name: int(name.split()[0])):
-        lines += ["", f"### {scenario}", "", "| | us | bits | perplexity | fastest uniform no worse | us | faster |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        for row in sorted(uniform, key=lambda one: one.latency_us[scenario]):
-            us = row.latency_us[scenario]
-            lines.append(f"| {row.name} | {us:.1f} | {row.avg_weight_bits:.2f} | {row.perplexity:.4f} | | | |")
-        for row in (row for row in rows if row.is_mixed and row.group == scenario):
-            us = row.latency_us[scenario]
-            peers = [one for one in uniform if one.perplexity <= row.perplexity * (1 + EQUAL_PERPLEXITY)]
-            best = min(peers, key=lambda one: one.latency_us[scenario], default=None)
-            beside = "none is | | " if best is None else (
-                f"{best.name} | {best.latency_us[scenario]:.1f} | {best.latency_us[scenario] / us - 1:+.1%}"
-            )  # fmt: skip
-            lines.append(f"| {row.name} | {us:.1f} | {row.avg_weight_bits:.2f} | {row.perplexity:.4f} | {beside} |")
-    return lines
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.mixed_evidence", description=__doc__)
     add_model_options(parser)
     parser.add_argument("--sensitivity", type=Path, required=True, metavar="FILE", help="of allocator.calibrate")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="measured launches: speed at equal quality")
-    parser.add_argument("--priced-as", default="qwen1.5-moe-a2.7b", metavar="NAME", help="(default: %(default)s)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 512, 8192], metavar="N", help="batches to price")
-    parser.add_argument("--top-k", type=int, default=4, metavar="K", help="of the model priced as (default: 4)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="FILE.md is written beside it")
     return parser
 
@@ -243,10 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluator, held_out, calibration = open_evaluator(arguments)
         shape = evaluator.model.shape
         variants = of_size(evaluator, sensitivity)
-        if arguments.profile is not None:
-            table = priced_as(arguments.profile, arguments.priced_as, shape.name, arguments.tokens, arguments.top_k)
-            variants += of_latency(shape, sensitivity, table)
-        plain = [variant for variant in variants if not variant.is_mixed and not variant.latency_us]
+        plain = [variant for variant in variants if not variant.is_mixed]
         rows, exact = measured(evaluator, variants, QUANTIZER)
         rows = [*measured(evaluator, plain, PLAIN)[0], *rows]
         measured_on = {
@@ -254,8 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "data": held_out.source,
             "calibration": calibration.source,
             "losses": f"{sensitivity.metric}, {sensitivity.provenance['data']}",
-            "priced_as": arguments.priced_as,
-            "profile": None if arguments.profile is None else arguments.profile.name,
         }
         content = {"measured_on": measured_on, "exact_perplexity": exact, "rows": [asdict(row) for row in rows]}
         write_text(arguments.out, json.dumps(content, indent=1) + "\n")

@@ -9,15 +9,18 @@ launches them on a GPU. `report` measures their perplexities and puts the two to
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import numpy as np
 
 from allocator import Allocation, Budget, Options, Sensitivity, allocate
 from allocator.calibration.streams import measure_allocations
 from allocator.json_file import write_json
-from allocator.latencies import digest_of
+from allocator.latencies import Latencies, digest_of
 from allocator.latency import read_finalists
 from allocator.scenarios import by_share, learned_table, parse_loads, typical_load
 from allocator.sensitivity import SHARED_EXPERT
@@ -27,18 +30,21 @@ from allocator.study.finalists import best_of_study
 from allocator.study.objective import Goal, Objective
 from allocator.study.problem import of as problem_of
 from allocator.study.run import Settings
-from bench.evaluate import add_model_options, open_evaluator
+from bench.evaluate import add_model_options, open_evaluator, write_text
 from bench.mixed_evidence import QUANTIZER
 from bench.present import MIXED, UNIFORM, latency_model
+from bench.speed_report import Row, compared, markdown, plot
 from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
 from profiles import schemes
 from profiles.errors import DataError, SpecError, UserError
+from profiles.gpus import gpu
 from profiles.loads import TokenLoad, read_trace
 from profiles.models import MoeShape, find_model
 from profiles.schemes import QuantScheme
 
 QUALITY = "quality.json"
+LOADS = "t16=16,t64=64,t512=512"
 UNIFORM_SCHEMES = (
     "w2a16_g128_asym,w3a16_g128_asym,w4a8_g128_sym,w4a16_g-1_asym,w4a16_g-1_sym,w4a16_g128_asym,w4a16_g128_sym,"
     "w8a16_g-1_sym,w8a16_g128_sym,w8a8_g-1_sym"
@@ -162,6 +168,69 @@ def _quality(arguments: argparse.Namespace) -> None:
     write_json(arguments.plan / QUALITY, content, indent=1)
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    quality = json.loads((arguments.plan / QUALITY).read_text(encoding="utf-8"))
+    shape, trace = find_model(arguments.size), read_trace(arguments.trace)
+    batches = parse_loads(arguments.loads)
+    loads = {name: typical_load(trace, shape, tokens, name) for name, tokens in batches.items()}
+    curves = {}
+    for scenario, load in loads.items():
+        allocations = read_finalists([arguments.plan / f"{scenario}.json"])
+        measured = Latencies.read(arguments.latencies / f"{scenario}.json")
+        predicted = _predicted(allocations, shape, scenario, load, trace)
+        rows = []
+        for name, one in allocations.items():
+            us = measured.of(one)
+            if us is None:
+                print(f"{scenario}: {name} was not measured", file=sys.stderr)
+                continue
+            known = quality["allocations"][digest_of(one)]
+            rows.append(
+                Row(
+                    name=name,
+                    is_mixed=len(set(one.assignment.values())) > 1,
+                    avg_weight_bits=one.avg_weight_bits,
+                    perplexity=known["perplexity"],
+                    mean_kl=known["mean_kl"],
+                    added_us=one.predicted_latency_us[scenario],
+                    predicted_us=predicted[name],
+                    measured_us=us[scenario],
+                )
+            )
+        curves[scenario] = compared(rows)
+    where = {key: value for key, value in quality.items() if key != "allocations"}
+    where |= {"size": shape.name, "loads": batches}
+    content = {"measured_on": where, "curves": {name: [asdict(row) for row in rows] for name, rows in curves.items()}}
+    write_json(arguments.out, content, indent=1)
+    text = markdown(curves, batches, quality["exact_perplexity"])
+    write_text(arguments.out.with_suffix(".md"), text)
+    plot(curves, batches, quality["exact_perplexity"], arguments.out.with_suffix(".png"))
+    print(text, end="")
+
+
+def _predicted(
+    allocations: Mapping[str, Allocation],
+    shape: MoeShape,
+    scenario: str,
+    load: TokenLoad,
+    trace: Mapping[int, TokenLoad],
+) -> dict[str, float]:
+    """By name, all launches as the latency model has them, each with the best of its ranked configurations."""
+    schemes_used = list(dict.fromkeys(s for one in allocations.values() for s in one.assignment.values()))
+    losses = Sensitivity.from_losses(
+        {(block, s): 1.0 for block in next(iter(allocations.values())).assignment for s in schemes_used},
+        model=shape.name, metric="none", data="none", num_samples=1, seed=0,
+    )  # fmt: skip
+    evidence = Evidence(gpu=gpu("h200"), loads={scenario: load}, latency_model=latency_model())
+    experts = {layer: by_share(of_layer) for layer, of_layer in trace.items()}
+    evaluator = Evaluator.of(problem_of(losses, shape, Budget(avg_weight_bits=17.0), evidence, experts=experts))
+    found = {}
+    for name, one in allocations.items():
+        us = evaluator.best_launches_us(one.assignment)
+        found[name] = np.nan if us is None else us[scenario]
+    return found
+
+
 def _files(folder: Path) -> list[Path]:
     """The plan's files, one a load. DataError: there are none."""
     files = sorted(file for file in folder.glob("*.json") if file.name != QUALITY)
@@ -197,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="what the latency model learns from (default: the present tables)",
     )
-    add("--loads", default="t16=16,t64=64,t512=512", metavar="A=TOKENS", help="(default: %(default)s)")
+    add("--loads", default=LOADS, metavar="A=TOKENS", help="(default: %(default)s)")
     add("--uniform", default=UNIFORM_SCHEMES, metavar="A,B", help="schemes (default: %(default)s)")
     add("--mixed", default="w4a8_g128_sym,w8a8_g-1_sym", metavar="A,B", help="schemes (default: %(default)s)")
     add("--beside", default="w8a8_g-1_sym", metavar="SCHEME", help="to be faster than (default: %(default)s)")
@@ -208,6 +277,17 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(quality)
     quality.add_argument("--plan", type=Path, required=True, metavar="DIR", help="what `plan` wrote")
     quality.set_defaults(run=_quality)
+    report = commands.add_parser(
+        "report", help="perplexities beside what allocator.latency measured: JSON, table, picture"
+    )
+    add = report.add_argument
+    add("--plan", type=Path, required=True, metavar="DIR", help="what `plan` and `quality` wrote")
+    add("--latencies", type=Path, required=True, metavar="DIR", help="of allocator.latency, a file a load")
+    add("--trace", type=Path, required=True, metavar="FILE", help="as for `plan`")
+    add("--size", required=True, metavar="MODEL", help="as for `plan`")
+    add("--loads", default=LOADS, metavar="A=TOKENS", help="(default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="FILE.json", help="FILE.md and FILE.png are written beside it")
+    report.set_defaults(run=_report)
     return parser
 
 

@@ -1,0 +1,117 @@
+"""What `bench.speed_curve report` says: allocations of equal perplexity side by side, as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from profiles.atomic import replacing
+
+EQUAL_PERPLEXITY = 0.001
+"""Relative. Perplexities this close count as equal: the text is too short to tell them apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One allocation under one load, microseconds of all layers: shares of launches in one scheme added up, its
+    launches as the latency model has them, and as measured.
+
+    beside: the fastest uniform scheme, as measured, that is no worse; faster: than it; faster_added: than the fastest
+    such scheme, where all are added up.
+    """
+
+    name: str
+    is_mixed: bool
+    avg_weight_bits: float
+    perplexity: float
+    mean_kl: float
+    added_us: float
+    predicted_us: float
+    measured_us: float
+    beside: str | None = None
+    faster: float | None = None
+    faster_added: float | None = None
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """Each mixed row beside the fastest uniform scheme whose perplexity is at most EQUAL_PERPLEXITY worse."""
+    found = []
+    for row in rows:
+        peers = [r for r in rows if not r.is_mixed and r.perplexity <= row.perplexity * (1 + EQUAL_PERPLEXITY)]
+        if row.is_mixed and peers:
+            best = min(peers, key=lambda one: one.measured_us)
+            added = min(one.added_us for one in peers)
+            row = replace(
+                row,
+                beside=best.name,
+                faster=best.measured_us / row.measured_us - 1,
+                faster_added=added / row.added_us - 1,
+            )
+        found.append(row)
+    return found
+
+
+def markdown(curves: Mapping[str, Sequence[Row]], batches: Mapping[str, int], exact: float) -> str:
+    """One table a load, and how far predictions are from what was measured."""
+    lines = [f"Own perplexity {exact:.4f}. Microseconds of all layers' routed experts.", ""]
+    for scenario, rows in curves.items():
+        lines += [
+            f"### {batches[scenario]} tokens",
+            "",
+            "| | bits | perplexity | KL | added up, us | predicted launches, us | measured launches, us"
+            " | fastest uniform no worse | faster, measured | faster, added up |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in sorted(rows, key=lambda one: (one.is_mixed, one.measured_us)):
+            beside = (
+                "| | |" if row.faster is None else f"| {row.beside} | {row.faster:+.1%} | {row.faster_added:+.1%} |"
+            )
+            lines.append(
+                f"| {row.name} | {row.avg_weight_bits:.2f} | {row.perplexity:.4f} | {row.mean_kl:.5f} |"
+                f" {row.added_us:.0f} | {row.predicted_us:.0f} | {row.measured_us:.0f} {beside}"
+            )
+        lines.append("")
+    lines += [
+        "Predicted against measured: median and largest error, and Spearman's rank correlation.",
+        "",
+        "| load | allocations | added up | launches by the latency model | rank correlation, launches |",
+        "|---|---|---|---|---|",
+    ]
+    for scenario, rows in curves.items():
+        for what, some in (
+            ("uniform", [r for r in rows if not r.is_mixed]),
+            ("mixed", [r for r in rows if r.is_mixed]),
+        ):
+            took = np.array([row.measured_us for row in some])
+            cells = []
+            for kind in ("added_us", "predicted_us"):
+                error = np.array([getattr(row, kind) for row in some]) / took - 1
+                cells.append(f"{np.median(np.abs(error)):.1%}, {error[np.abs(error).argmax()]:+.1%}")
+            rank = spearmanr([row.predicted_us for row in some], took).statistic
+            lines.append(f"| {batches[scenario]} tokens | {len(some)} {what} | {cells[0]} | {cells[1]} | {rank:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(curves: Mapping[str, Sequence[Row]], batches: Mapping[str, int], exact: float, out: Path) -> None:
+    """Excess perplexity over measured time, a panel a load."""
+    figure = Figure(figsize=(4.6 * len(curves), 4.2), layout="constrained")
+    for axes, (scenario, rows) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
+        for is_mixed, label, style in ((False, "uniform", "s"), (True, "mixed", "o-")):
+            some = sorted((row for row in rows if row.is_mixed == is_mixed), key=lambda row: row.measured_us)
+            excess = [max(row.perplexity / exact - 1, 1e-5) for row in some]
+            axes.plot([row.measured_us for row in some], excess, style, label=label, markersize=6)
+            if not is_mixed:
+                for row, height in zip(some, excess, strict=True):
+                    axes.annotate(
+                        row.name, (row.measured_us, height), fontsize=7, xytext=(4, 3), textcoords="offset points"
+                    )
+        axes.set(yscale="log", title=f"{batches[scenario]} tokens", xlabel="measured launches, us")
+    figure.axes[0].set_ylabel("perplexity above the model's own, relative")
+    figure.axes[0].legend()
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
