@@ -9,15 +9,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("cutlass")
 
 from tests.kernel_gen.gpu_cases import Case, kernel_for, run  # noqa: E402
-from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SINGLE, SPLITS, WGMMA_CONFIGS  # noqa: E402
+from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SHORT_GROUPS, SINGLE, SPLITS, WGMMA_CONFIGS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 LOAD = (3, 0, 17, 1, 40, 0, 5)
-OTHER_TILES = (MIDDLE, WGMMA_CONFIGS[0], WGMMA_CONFIGS[2], *SPLITS)
+EIGHT_TOKENS = "wgmma_128x8_w4x1x1_s5_k1_at_o2"
+TAILS_OF_EIGHT = "wgmma_256x16_w8x1x1_s3_k1_at_o1_t8"
+OTHER_TILES = (MIDDLE, WGMMA_CONFIGS[0], WGMMA_CONFIGS[2], EIGHT_TOKENS, TAILS_OF_EIGHT, *SPLITS)
 WATCHED = [(config, (name,)) for config, name in SINGLE if config in (DECODE, WGMMA_CONFIGS[1])]
 WATCHED += [(config, (name,)) for config, name in SINGLE if config in OTHER_TILES and ("128" in name or "a8" in name)]
-WATCHED += [(config, names) for config, names in MIXED if config in (DECODE, WGMMA_CONFIGS[1])]
+WATCHED += [(config, (name,)) for config, name in SHORT_GROUPS if config in (EIGHT_TOKENS, TAILS_OF_EIGHT)]
+WATCHED += [(config, names) for config, names in MIXED if config in (DECODE, WGMMA_CONFIGS[1], EIGHT_TOKENS)]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ WGMMA_CONFIGS = (
 DECODE, MIDDLE = MMA_CONFIGS[1], MMA_CONFIGS[2]
 SPLITS = tuple(config for config in WGMMA_CONFIGS if kernels.parse(config).split_k > 1)
 FEW = (DECODE, WGMMA_CONFIGS[1], *SPLITS)
+SHORT_GROUPS = [
+    (config, name)
+    for config in (DECODE, *(config for config in WGMMA_CONFIGS if kernels.parse(config).tile.n <= 16))
+    for name in ("w2a16_g64_sym", "w3a16_g64_asym", "w4a16_g64_asym", "w8a16_g64_sym")
+]
+"""A k-tile of 16-bit math is one group of 64: no pair of k-tiles has the same scales."""
 
 
 def supported(config: str, scheme: QuantScheme) -> bool:
@@ -85,6 +91,14 @@ def test_every_scheme(config: str, name: str, record_property) -> None:
         assert problem is None, f"N={n} K={k} tokens {load}: {problem}"
 
 
+@pytest.mark.parametrize(("config", "name"), SHORT_GROUPS)
+def test_groups_of_64(config: str, name: str, record_property) -> None:
+    kernel = kernel_for(config, (name,))
+    record_property("kernel", f"{kernel.spec.label} {kernel.spec.fingerprint()}")
+    load = LOADS["ragged"]
+    assert run(kernel, Case(n=200, k=456, counts=load, scheme_names=(name,) * len(load))) is None
+
+
 @pytest.mark.parametrize(("config", "name"), [case for case in SINGLE if case[0] in FEW])
 def test_sizes_no_alignment_divides(config: str, name: str) -> None:
     kernel = kernel_for(config, (name,))
@@ -101,7 +115,7 @@ def test_schemes_mixed_in_one_launch(config: str, names: tuple[str, ...], record
         assert problem is None, f"tokens {load}: {problem}"
 
 
-@pytest.mark.parametrize("config", SPLITS)
+@pytest.mark.parametrize("config", [*SPLITS, "wgmma_256x8_w8x1x1_s4_k2_at_o1"])
 @pytest.mark.parametrize("name", ["w16a16", "w4a16_g128_asym", "w4a8_g128_sym", "w8a8_g-1_sym"])
 def test_a_reduction_of_few_k_tiles_leaves_parts_empty(config: str, name: str) -> None:
     kernel = kernel_for(config, (name,))
