@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from costmodel.guide import Guide
-from costmodel.worth import Effort, Gain, core_picks, gain_over, rehearse
+from costmodel.worth import REACH_OVER_OWN_PICKS, Effort, Gain, core_picks, gain_over, rehearse
 from kernel_gen.sweeping.choices import Choices
 from kernel_gen.sweeping.guided import Guidance
 from kernel_gen.sweeping.plan import Cell, SweepRequest
@@ -16,8 +16,8 @@ from kernel_gen.sweeping.plan import Cell, SweepRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worth:
-    """What is expected. `over_default`: over the configurations that the library launches untuned, the analytic model's
-    picks; `over_model`: over the picks of the fitted model, None without one.
+    """What is expected. `over_default`: over the analytic model's picks; `over_model`: over the fitted model's, which
+    are what the library launches untuned on a GPU whose launches come with it; None without one.
     """
 
     base_name: str
@@ -58,7 +58,9 @@ def worth(request: SweepRequest, cells: Sequence[Cell], guidance: Guidance) -> W
         num_candidates=len(choices),
         goal=guidance.goal,
         over_default=gain_over(guide, belief, core_picks(guide)),
-        over_model=None if guidance.base is None else gain_over(guide, belief, belief.chosen),
+        over_model=None
+        if guidance.base is None
+        else gain_over(guide, belief, belief.chosen, reach=REACH_OVER_OWN_PICKS),
         guided=rehearse(guide, goal=guidance.goal, max_measurements=guidance.max_measurements or len(choices)),
         exhaustive=Effort(num_measurements=len(every), seconds=guide.costs.of(guide.candidates, every, none)),
     )
