@@ -147,10 +147,13 @@ def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantSc
             "wgmma_128x96_w8x1x1_s4_k1_at_o1_t64",
             "w16a16",
             "h200",
-            "tail 64: a multiple of 16 that is a half, a quarter, ... of tile.n 96",
+            "tail 64: 8, or a multiple of 16, that is a half, a quarter, ... of tile.n 96",
         ),
-        ("wgmma_128x96_w8x1x1_s4_k1_at_o1_t8", "w16a16", "h200", "tail 8: a multiple of 16"),
-        ("wgmma_128x96_w8x1x1_s4_k1_at_o1_t96", "w16a16", "h200", "tail 96: a multiple of 16"),
+        ("wgmma_128x96_w8x1x1_s4_k1_at_o1_t8", "w16a16", "h200", "tail 8: 8, or a multiple of 16, that is a half"),
+        ("wgmma_128x96_w8x1x1_s4_k1_at_o1_t96", "w16a16", "h200", "tail 96: 8, or a multiple of 16, that is a half"),
+        ("wgmma_128x8_w4x1x1_s4_k1_at_o1_t8", "w16a16", "h200", "tail 8: 8, or a multiple of 16, that is a half"),
+        ("wgmma_128x48_w8x1x1_s4_k1_at_o1_t24", "w16a16", "h200", "tail 24: 8, or a multiple of 16, that is a half"),
+        ("wgmma_64x64_w4x1x1_s4_k1_at_o1_t8", "w16a16", "h200", "tail 8: 4 widths of a tile of 64, at most 3"),
         ("wgmma_64x256_w4x1x1_s4_k1_at_o1_t16", "w16a16", "h200", "tail 16: 5 widths of a tile of 256, at most 3"),
         (
             "wgmma_128x16_w4x1x1_s4_k1_at_o3",
@@ -188,6 +191,10 @@ def test_rule_says_its_numbers(config: str, scheme: str, on: str, says: str) -> 
         "wgmma_192x64_w12x1x1_s4_k1_at_o1",
         "wgmma_64x16_w4x1x1_s4_k4_at_o3",
         "wgmma_256x16_w8x1x1_s3_k2_at_o1",
+        "wgmma_64x8_w4x1x1_s4_k1_at_o4",
+        "wgmma_128x8_w4x1x1_s4_k4_at_o2",
+        "wgmma_128x16_w4x1x1_s3_k1_at_o3_t8",
+        "wgmma_128x32_w8x1x1_s3_k1_at_o2_t8",
     ],
 )
 def test_wgmma_takes_every_scheme_but_int4_math(config: str, scheme: schemes.QuantScheme) -> None:

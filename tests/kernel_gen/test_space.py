@@ -38,12 +38,21 @@ def test_quick_covers_decode_to_prefill(scheme: QuantScheme) -> None:
 def test_quick_on_hopper_is_mostly_wgmma_and_covers_decode_to_prefill(scheme: QuantScheme) -> None:
     legal = candidates([scheme], gpu("h200"), Effort.QUICK)
     wgmma = [config for config in legal if config.family is Family.WGMMA]
-    assert 8 <= len(legal) <= 20
+    assert 16 <= len(legal) <= len(quick_picks(gpu("h200")))
     assert len(wgmma) >= len(legal) - 2
-    assert {16, 32, 48, 64, 128} <= {config.tile.n for config in wgmma}
-    assert max(config.min_ctas_per_sm for config in wgmma if config.tile.n == 16) == 4
+    assert {8, 16, 32, 48, 64, 128} <= {config.tile.n for config in wgmma}
+    assert max(config.min_ctas_per_sm for config in wgmma if config.tile.n == 8) == 4
     assert {config.min_ctas_per_sm for config in wgmma if config.tile.n >= 128} == {1}
     assert {config.family for config in legal} == ({Family.WGMMA} if scheme.math is Math.E4M3 else set(Family))
+
+
+def test_quick_on_hopper_has_the_few_token_kernels_that_measured_fastest() -> None:
+    """Split-K of weights below 16 bits; 16-token tiles whose last one may have 8."""
+    for name in ("w2a16_g128_asym", "w3a16_g-1_sym", "w4a16_g128_sym", "w4a8_g128_sym_e4m3"):
+        legal = candidates([schemes.parse(name)], gpu("h200"), Effort.QUICK)
+        assert {(c.tile.m, c.tile.n, c.split_k) for c in legal if c.split_k > 1} == {(128, 8, 4), (256, 8, 2)}
+        assert {c.tile.m for c in legal if c.tail == 8 and c.tile.n == 16} == {128, 256}
+    assert {c.split_k for c in candidates([schemes.parse("w16a16")], gpu("h200"), Effort.QUICK)} == {1}
 
 
 def test_quick_takes_the_most_stages_that_fit() -> None:
@@ -53,8 +62,8 @@ def test_quick_takes_the_most_stages_that_fit() -> None:
             at_most = next(
                 pick.max_stages
                 for pick in quick_picks(gpu("h200"))
-                if (pick.family, pick.tile_m, pick.tile_n, pick.cluster, pick.split_k)
-                == (config.family, config.tile.m, config.tile.n, config.cluster, config.split_k)
+                if (pick.family, pick.tile_m, pick.tile_n, pick.warps_m, pick.cluster, pick.split_k)
+                == (config.family, config.tile.m, config.tile.n, config.warps.m, config.cluster, config.split_k)
                 and config.tail in pick.tails
             )
             assert config.num_stages == at_most or any("smem" in why for why in reasons(more, [scheme], gpu("h200")))
@@ -67,7 +76,7 @@ def test_mixed_launches_on_hopper() -> None:
     names = ("w4a16_g128_asym", "w8a8_g-1_sym", "w8a8_g-1_sym_e4m3", "w4a8_g128_sym_e4m3")
     legal = candidates([schemes.parse(name) for name in names], gpu("h200"), Effort.QUICK)
     assert {config.family for config in legal} == {Family.WGMMA}
-    assert {16, 32, 48, 64, 128} <= {config.tile.n for config in legal}
+    assert {8, 16, 32, 48, 64, 128} <= {config.tile.n for config in legal}
     both = candidates([schemes.parse(name) for name in names[:2]], gpu("h200"), Effort.QUICK)
     assert {config.family for config in both} == set(Family)
     assert candidates([schemes.parse("w4a4_g-1_sym"), W4A16], gpu("h200"), Effort.QUICK) == ()
@@ -88,10 +97,13 @@ def test_full_holds_every_kind_and_only_what_survives() -> None:
     assert {2, 8} <= {config.num_stages for config in legal}
     wgmma = [config for config in everything if config.family is Family.WGMMA]
     assert {config.tile.m for config in wgmma} == {64, 128, 192, 256, 384}
-    assert {config.tile.n for config in wgmma} == {16, 32, 48, 64, 96, 128, 160, 192, 256}
+    assert {config.tile.n for config in wgmma} == {8, 16, 32, 48, 64, 96, 128, 160, 192, 256}
     assert {config.warps.m for config in wgmma} == {4, 8, 12}
     assert {config.min_ctas_per_sm for config in wgmma} == {1, 2, 3, 4}
-    assert {config.split_k for config in wgmma if config.tile.n == 16} == {1, 2, 4}
+    assert {(config.tile.n, config.split_k) for config in wgmma if config.tile.n <= 16} == {
+        (tile_n, split_k) for tile_n in (8, 16) for split_k in (1, 2, 4)
+    }
+    assert {config.tail for config in wgmma if config.tile.n <= 16} == {0, 8}
     assert {config.split_k for config in wgmma if config.tile.n > 16} == {1}
     assert set(candidates([W4A16], gpu("h200"), Effort.QUICK)).isdisjoint(
         config for config, found in enumerate_configs([W4A16], gpu("h200"), Effort.FULL) if found

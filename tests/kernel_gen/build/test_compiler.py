@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from kernel_gen import compiler
+from kernel_gen.cache import KernelCache
 from kernel_gen.compiler import Artifact, CompileError, compile_kernel
+from kernel_gen.pool import Failure, compile_into_cache
 from profiles.errors import UserError
+from profiles.records import Status
 from tests.kernel_gen.build.specs import REFUSED, SMALL, kernel_spec
 
 
@@ -29,6 +33,25 @@ def test_refusal_by_the_compiler_names_the_kernel(tmp_path: Path) -> None:
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_mlir_does_not_verify_is_a_refusal_of_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLIR's own error is not one of the DSL's: it too says something about this kernel alone."""
+    import cutlass.cute as cute
+    from cutlass._mlir import ir
+
+    def refuse(*_: object, **__: object) -> None:
+        with ir.Context():
+            ir.Module.parse("no module")
+
+    monkeypatch.setattr(cute, "compile", refuse)
+    with pytest.raises(CompileError, match=re.escape(SMALL.label)) as caught:
+        compile_kernel(SMALL, tmp_path)
+    assert isinstance(caught.value.__cause__, ir.MLIRError)
+    outcome = compile_into_cache(SMALL, KernelCache(root=tmp_path))
+    assert isinstance(outcome, Failure)
+    assert outcome.status is Status.COMPILE_ERROR
+    assert SMALL.label in outcome.error
 
 
 def test_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
