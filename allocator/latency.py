@@ -22,7 +22,7 @@ from allocator.allocation import Allocation
 from allocator.command import check_outputs
 from allocator.latencies import Latencies, LaunchTime, digest_of
 from allocator.report_data import launch_name
-from allocator.scenarios import by_share, parse_loads, typical_load
+from allocator.scenarios import by_share, loads_of
 from costmodel.analytic import launch_latencies
 from kernel_gen.legality import estimated_facts, reasons
 from kernel_gen.space import Effort, candidates
@@ -315,7 +315,7 @@ def _run(arguments: argparse.Namespace, bench: Bench | None) -> Latencies:
     allocations = read_finalists(arguments.allocation)
     shape = find_model(arguments.model or next(iter(allocations.values())).model)
     trace = read_trace(arguments.trace)
-    loads = {name: typical_load(trace, shape, tokens, name) for name, tokens in parse_loads(arguments.loads).items()}
+    loads = loads_of(arguments.loads, trace, shape)
     plan = Plan(
         shape=shape,
         gpu=gpus.gpu(arguments.gpu),

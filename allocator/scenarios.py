@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -31,13 +31,30 @@ MOST_DRAWS, DRAWN_ROWS = 1024, 1 << 21
 """Batches that a typical load is the mean of: so many, fewer where their rows are more; one a layer at least."""
 
 
-def parse_loads(text: str) -> dict[str, int]:
-    """`decode,prefill` or `decode=32,long=16384`: tokens of a batch by name. SpecError: a name without a number that
-    is not a usual one, twice the same name, or not a number.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A batch that a load is made of. skew_percentile: of such batches the one that is more skewed than so many in a
+    hundred; None: their mean.
     """
-    found: dict[str, int] = {}
+
+    num_tokens: int
+    skew_percentile: int | None = None
+
+    def load(self, trace: Mapping[int, TokenLoad], shape: MoeShape, name: str) -> TokenLoad:
+        """`typical_load` or `skewed_load`."""
+        if self.skew_percentile is None:
+            return typical_load(trace, shape, self.num_tokens, name)
+        return skewed_load(trace, shape, self.num_tokens, self.skew_percentile, name)
+
+
+def parse_loads(text: str) -> dict[str, Batch]:
+    """Batches by name, of `decode,prefill`, `decode=32,long=16384` or `decode=32@p95`. SpecError: a name without a
+    number that is not a usual one, twice the same name, not a number, or a percentile that is not from 1 to 99.
+    """
+    found: dict[str, Batch] = {}
     for part in text.split(","):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
+        batch, at, percentile = (piece.strip() for piece in part.partition("@"))
+        name, equals, number = (piece.strip() for piece in batch.partition("="))
         if not name or name in found:
             raise SpecError(f"--loads {text}: {part.strip()!r} has no name, or one that was there before")
         if equals and not (number.isascii() and number.isdigit() and int(number) > 0):
@@ -46,8 +63,16 @@ def parse_loads(text: str) -> dict[str, int]:
             raise SpecError(
                 f"--loads {text}: {', '.join(BATCH_TOKENS)} are known; give {name} a number of tokens, {name}=64"
             )
-        found[name] = int(number) if equals else BATCH_TOKENS[name]
+        if at and not (percentile[:1] == "p" and percentile[1:].isdecimal() and 1 <= int(percentile[1:]) <= 99):
+            raise SpecError(f"--loads {text}: a percentile of the routing skew is @p1 to @p99, not @{percentile}")
+        tokens = int(number) if equals else BATCH_TOKENS[name]
+        found[name] = Batch(num_tokens=tokens, skew_percentile=int(percentile[1:]) if at else None)
     return found
+
+
+def loads_of(text: str, trace: Mapping[int, TokenLoad], shape: MoeShape) -> dict[str, TokenLoad]:
+    """The loads that `--loads` names. Raises what `parse_loads` and `typical_load` do."""
+    return {name: batch.load(trace, shape, name) for name, batch in parse_loads(text).items()}
 
 
 def typical_load(trace: Mapping[int, TokenLoad], shape: MoeShape, num_tokens: int, name: str) -> TokenLoad:
@@ -61,22 +86,37 @@ def typical_load(trace: Mapping[int, TokenLoad], shape: MoeShape, num_tokens: in
     Raises:
         SpecError: no tokens. DataError: the trace has no layer, one without tokens, or another number of experts.
     """
+    mean = _batches(trace, shape, num_tokens, name).mean(axis=0)
+    counts = np.floor(mean).astype(np.int64)
+    counts[np.argsort(counts - mean, kind="stable")[: num_tokens * shape.top_k - int(counts.sum())]] += 1
+    return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=name)
+
+
+def skewed_load(
+    trace: Mapping[int, TokenLoad], shape: MoeShape, num_tokens: int, percentile: int, name: str
+) -> TokenLoad:
+    """Of the batches that a typical load is the mean of, the one whose spread (`TokenLoad.spread`) is above that of
+    `percentile` in a hundred, over all draws and layers. Raises what `typical_load` does.
+    """
+    batches = _batches(trace, shape, num_tokens, name)
+    order = np.argsort(batches.std(axis=1), kind="stable")  # every batch has the same mean
+    at = order[min(len(order) * percentile // 100, len(order) - 1)]
+    return TokenLoad(tokens_per_expert=tuple(batches[at].tolist()), source=name)
+
+
+def _batches(trace: Mapping[int, TokenLoad], shape: MoeShape, num_tokens: int, name: str) -> Ints:
+    """[draws of all layers, experts], each sorted by falling count."""
     if num_tokens < 1:
         raise SpecError(f"load {name}: at least 1 token is needed, not {num_tokens}")
     if not trace or any(load.num_experts != shape.num_experts or not load.total for load in trace.values()):
         raise DataError(f"the trace has other than the {shape.num_experts} experts of {shape.name}, or no tokens")
-    rows = num_tokens * shape.top_k
-    draws = max(1, min(MOST_DRAWS, DRAWN_ROWS // rows) // len(trace))
+    draws = max(1, min(MOST_DRAWS, DRAWN_ROWS // (num_tokens * shape.top_k)) // len(trace))
     rng = np.random.default_rng(0)
-    summed = np.zeros(shape.num_experts)
+    found = []
     for load in trace.values():
         chances = _chances(np.asarray(load.tokens_per_expert, dtype=np.float64), shape.top_k)
-        for _ in range(draws):
-            summed += np.sort(_drawn(chances, num_tokens, shape.top_k, rng))[::-1]
-    mean = summed / (draws * len(trace))
-    counts = np.floor(mean).astype(np.int64)
-    counts[np.argsort(counts - mean, kind="stable")[: rows - int(counts.sum())]] += 1
-    return TokenLoad(tokens_per_expert=tuple(counts.tolist()), source=name)
+        found += [_drawn(chances, num_tokens, shape.top_k, rng) for _ in range(draws)]
+    return np.sort(np.array(found), axis=1)[:, ::-1]
 
 
 def _chances(tokens: Floats, top_k: int) -> Floats:

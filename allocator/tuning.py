@@ -12,7 +12,7 @@ from allocator.allocation import Allocation
 from allocator.calibrate import DEFAULT_MEASURE
 from allocator.report import write_report
 from allocator.report_data import collect
-from allocator.scenarios import learned_table, predicted_table, profiled_table, typical_load
+from allocator.scenarios import learned_table, predicted_table, profiled_table
 from allocator.sensitivity import Sensitivity
 from allocator.stages import Stages, checkpoint_digest, file_digest
 from allocator.tuning_finalists import Finalists
@@ -165,7 +165,7 @@ class Tuning:
     def typical_loads(self) -> dict[str, TokenLoad]:
         """The named loads, routed as the trace is."""
         trace = read_trace(self.files["trace"])
-        return {name: typical_load(trace, self.shape, tokens, name) for name, tokens in self.plan.loads.items()}
+        return {name: batch.load(trace, self.shape, name) for name, batch in self.plan.loads.items()}
 
     @cached_property
     def fitted(self) -> FittedModel | None:

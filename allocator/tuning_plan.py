@@ -8,6 +8,7 @@ from pathlib import Path
 
 from allocator.allocation import Allocation, Granularity
 from allocator.budget import Budget
+from allocator.scenarios import Batch
 from allocator.verify import Verification
 from profiles.errors import SpecError
 from profiles.gpus import GpuSpec
@@ -25,7 +26,7 @@ class Plan:
         data, held_out: texts or ids to calibrate and to measure on.
         gpu: whose latencies count.
         budget: the limits.
-        loads: tokens of a batch by name.
+        loads: batches by name.
         schemes: what is calibrated and may be chosen.
         out: the folder of all results.
         profile: measured launches; None: latencies are predicted.
@@ -42,7 +43,7 @@ class Plan:
     held_out: Path
     gpu: GpuSpec
     budget: Budget
-    loads: Mapping[str, int]
+    loads: Mapping[str, Batch]
     schemes: tuple[QuantScheme, ...]
     out: Path
     profile: Path | None = None

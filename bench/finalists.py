@@ -16,7 +16,7 @@ from pathlib import Path
 from allocator import Allocation, Budget, Options, allocate
 from allocator.allocation import Granularity
 from allocator.json_file import write_json
-from allocator.scenarios import by_share, learned_table, parse_loads, typical_load
+from allocator.scenarios import by_share, learned_table, loads_of
 from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
 from allocator.study.finalists import best_of_study
@@ -82,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = {
             layer: log_normal(shape.num_experts, TRACED_TOKENS, shape.top_k, layer) for layer in range(arguments.layers)
         }
-        loads = {
-            name: typical_load(trace, shape, tokens, name) for name, tokens in parse_loads(arguments.loads).items()
-        }
+        loads = loads_of(arguments.loads, trace, shape)
         offered = [schemes.parse(name) for name in SCHEMES.split(",")]
         storage = f"sqlite:///{(arguments.out / 'study.db').absolute()}"
         found, launches = finalists(shape, trace, loads, offered, arguments.budget_bits, storage)

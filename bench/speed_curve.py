@@ -22,7 +22,7 @@ from allocator.calibration.streams import measure_allocations
 from allocator.json_file import write_json
 from allocator.latencies import Latencies, digest_of
 from allocator.latency import read_finalists
-from allocator.scenarios import by_share, learned_table, parse_loads, typical_load
+from allocator.scenarios import by_share, learned_table, loads_of, parse_loads
 from allocator.sensitivity import SHARED_EXPERT
 from allocator.study.evaluate import Evaluator
 from allocator.study.evidence import Evidence
@@ -118,8 +118,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if not arguments.out.is_dir():
         raise SpecError(f"--out {arguments.out}: no such folder")
     shape, trace = find_model(arguments.size), read_trace(arguments.trace)
-    batches = parse_loads(arguments.loads)
-    loads = {name: typical_load(trace, shape, tokens, name) for name, tokens in batches.items()}
+    loads = loads_of(arguments.loads, trace, shape)
     uniform, mixed = (
         [schemes.parse(name) for name in text.split(",")] for text in (arguments.uniform, arguments.mixed)
     )
@@ -171,8 +170,8 @@ def _quality(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     quality = json.loads((arguments.plan / QUALITY).read_text(encoding="utf-8"))
     shape, trace = find_model(arguments.size), read_trace(arguments.trace)
-    batches = parse_loads(arguments.loads)
-    loads = {name: typical_load(trace, shape, tokens, name) for name, tokens in batches.items()}
+    batches = {name: batch.num_tokens for name, batch in parse_loads(arguments.loads).items()}
+    loads = loads_of(arguments.loads, trace, shape)
     curves = {}
     for scenario, load in loads.items():
         allocations = read_finalists([arguments.plan / f"{scenario}.json"])

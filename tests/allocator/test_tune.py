@@ -10,7 +10,15 @@ import pandas as pd
 import pytest
 
 from allocator import Allocation
-from allocator.scenarios import learned_table, parse_loads, predicted_table, profiled_table, typical_load
+from allocator.scenarios import (
+    Batch,
+    learned_table,
+    parse_loads,
+    predicted_table,
+    profiled_table,
+    skewed_load,
+    typical_load,
+)
 from allocator.stages import Stages
 from allocator.tune import main
 from allocator.verify import Verification
@@ -197,8 +205,9 @@ def test_mistakes_are_one_sentence(
 
 
 def test_loads() -> None:
-    assert parse_loads("decode,long=9000") == {"decode": 64, "long": 9000}
-    for bad in ("decode,decode", "x=", "x=0", "=3"):
+    assert parse_loads("decode,long=9000") == {"decode": Batch(num_tokens=64), "long": Batch(num_tokens=9000)}
+    assert parse_loads("decode@p95") == {"decode": Batch(num_tokens=64, skew_percentile=95)}
+    for bad in ("decode,decode", "x=", "x=0", "=3", "decode@95", "decode@p0", "decode@p100", "decode@", "x@p5"):
         with pytest.raises(SpecError, match="--loads"):
             parse_loads(bad)
     rng = np.random.default_rng(0)
@@ -246,6 +255,24 @@ def test_a_typical_load_has_as_many_active_experts_as_real_draws(name: str, num_
     ]
     assert abs(load.num_active - np.mean([np.count_nonzero(counts) for counts in drawn])) <= 2.5
     assert load.max == pytest.approx(np.mean([counts.max() for counts in drawn]), rel=0.15, abs=1)
+
+
+def test_a_percentile_of_the_routing_skew() -> None:
+    """So many of a hundred real draws are less skewed."""
+    trace = {layer: log_normal(60, 8192, 4, layer) for layer in range(3)}
+    loads = [skewed_load(trace, QWEN, 64, percentile, "decode") for percentile in (5, 50, 95)]
+    assert all(load.total == 256 and load.max <= 64 for load in loads)
+    spreads = [load.spread for load in loads]
+    assert spreads == sorted(spreads)
+    assert loads[0].num_active > loads[2].num_active
+    rng, drawn = np.random.default_rng(5), []
+    for layer in trace.values():
+        logits = np.log(np.array(layer.tokens_per_expert))
+        for _ in range(100):
+            picked = np.argsort(-(logits + rng.gumbel(size=(64, 60))))[:, :4]
+            drawn.append(np.bincount(picked.ravel(), minlength=60).std() / (256 / 60))
+    for spread, percentile in zip(spreads, (5, 50, 95), strict=True):
+        assert np.mean(np.array(drawn) < spread) == pytest.approx(percentile / 100, abs=0.1)
 
 
 def test_predicted_and_profiled_tables_agree() -> None:
