@@ -26,7 +26,7 @@ from costmodel.model_file import FittedModel
 from costmodel.recalibration import ENOUGH_ROWS, recalibrate
 from costmodel.recheck import choose
 from costmodel.sessions import usable
-from profiles.atomic import replacing
+from profiles.atomic import replacing, require_writable
 from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec
 from profiles.gpus import gpu as find_gpu
@@ -176,6 +176,7 @@ def main(argv: Sequence[str] | None = None, told: Callable[[str], None] = print)
     try:
         rows = usable(read_profiles(arguments.profile))
         repeats = usable(read_profiles(arguments.repeats)) if arguments.repeats else None
+        require_writable(arguments.out)
         trials = check(rows, repeats, arguments.trials)
         text = markdown(trials) + ("" if repeats is None else f"\n\n{real(rows, repeats)}")
         body = json.dumps([dataclasses.asdict(each) for each in trials], indent=1)

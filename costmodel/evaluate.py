@@ -11,6 +11,7 @@ from costmodel.evaluation import evaluate
 from costmodel.fit import read_profiles
 from costmodel.groups import HeldOut
 from costmodel.report import as_json, write_report
+from profiles.atomic import require_writable
 from profiles.errors import UserError
 
 MIN_FOLDS = 2
@@ -23,8 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.folds < MIN_FOLDS:
         parser.error(f"--folds {arguments.folds}: at least {MIN_FOLDS}")
     try:
+        profile = read_profiles(arguments.profile)
+        require_writable(arguments.out)
         found = evaluate(
-            read_profiles(arguments.profile),
+            profile,
             kinds=[HeldOut(kind) for kind in arguments.held_out],
             num_folds=arguments.folds,
             told=lambda text: print(f"held out by {text}", file=sys.stderr),

@@ -27,7 +27,7 @@ from costmodel.guide import Belief, Candidates, Guide, best_rows
 from costmodel.recorded import Recorded, recorded
 from costmodel.replay_report import markdown, plot
 from costmodel.sessions import usable
-from profiles.atomic import replacing
+from profiles.atomic import replacing, require_writable
 from profiles.errors import DataError, UserError
 
 Array = npt.NDArray[np.float64]
@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         rows = usable(read_profiles(arguments.profile))
+        require_writable(arguments.out)
         models = recorded(rows, seed=arguments.seed)
         curves: list[Point] = []
         for name in STRATEGIES:

@@ -28,6 +28,7 @@ from kernel_gen.space import Effort, enumerate_configs
 from kernel_gen.sweeping.progress import Phase, phase
 from kernel_gen.timing import monotonic_s
 from profiles import schemes
+from profiles.atomic import require_writable
 from profiles.errors import SpecError, UnsupportedError, UserError
 from profiles.gpus import GpuSpec, gpu
 from profiles.kernels import KernelConfig
@@ -175,14 +176,15 @@ def compile_and_gate(
 
 def build(request: BuildRequest, plan: Plan, cache: KernelCache, *, track: Track = silent) -> BuildResult:
     """Compile, gate, and write the bundle. A rejection by the gate, or a kernel that cannot be compiled, is recorded in
-    the bundle with its reasons. SpecError for a file where the folder should be; UserError when no kernel is left;
-    OSError when a disk is full.
+    the bundle with its reasons. SpecError for a file where the folder should be, DataError for a folder that cannot be
+    written, before anything is compiled; UserError when no kernel is left; OSError when a disk is full.
     """
     started = monotonic_s()
     if request.out_dir.exists() and not request.out_dir.is_dir():
         raise SpecError(f"{request.out_dir} is a file: name a folder for the bundle")
     dsl_version()
     check_installed()
+    require_writable(request.out_dir)
     gated = compile_and_gate(plan.specs, request.gpu, cache, jobs=request.jobs, track=track)
     bundle = write_bundle(request.out_dir, request.gpu, gated.kept, gated.refused)
     return BuildResult(plan=plan, bundle=bundle, num_cached=gated.num_cached, seconds=monotonic_s() - started)

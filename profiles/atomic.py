@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and whether a folder can take them."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from profiles.errors import DataError
 
 
 @contextmanager
@@ -26,6 +29,20 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Called before the work whose results go into a folder, which need not exist yet and is not made.
+
+    Raises:
+        DataError: it is a file, or nothing can be written there.
+    """
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder}: nothing can be written there ({error.strerror or error})") from error
 
 
 def remove_leftovers(path: Path) -> None:

@@ -138,6 +138,14 @@ def test_commands(stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert "no such profile" in capsys.readouterr().err
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *_, **__: pytest.fail("it evaluated"))
+    assert evaluate_command.main(["--profile", str(stored), "--out", str(stored)]) == 2
+    assert f"{stored}: nothing can be written there" in capsys.readouterr().err
+
+
 def test_too_little_is_refused(rows: pd.DataFrame) -> None:
     with pytest.raises(DataError, match="at least 50"):
         fit_command.fit(rows.iloc[:10])

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from profiles.atomic import remove_leftovers, replacing
+from profiles.atomic import remove_leftovers, replacing, require_writable
+from profiles.errors import DataError
 
 
 def test_a_file_takes_the_place_of_another(tmp_path: Path) -> None:
@@ -36,3 +37,16 @@ def test_leftovers_of_one_file_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_leftovers(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    require_writable(tmp_path / "a" / "b")
+    require_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(DataError, match=f"^{folder}: nothing can be written there"):
+            require_writable(folder)

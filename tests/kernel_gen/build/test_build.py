@@ -182,6 +182,16 @@ def test_out_that_is_a_file_is_refused_before_anything_is_compiled(
     assert not own_cache.exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "bundle"
+    assert main(command(out, "--schemes", ONE_KERNEL)) == 2
+    assert f"{out}: nothing can be written there" in capsys.readouterr().err
+    assert not own_cache.exists()
+
+
 def test_missing_wheel_is_told_before_anything_is_compiled(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
