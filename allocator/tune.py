@@ -169,7 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", required=True, help=f"whose latencies count: {', '.join(gpus.GPUS)}")
     parser.add_argument("--budget-bits", required=True, type=float, metavar="BITS", help="most stored bits per weight")
     parser.add_argument(
-        "--loads", default="decode,prefill", metavar="A,B=TOKENS", help="batches to price, a percentile of their skew as A=TOKENS@p95 (default: %(default)s)"
+        "--loads",
+        default="decode,prefill",
+        metavar="A,B=TOKENS",
+        help="batches to price; A=TOKENS@p95: more skewed than 95 in 100 (default: %(default)s)",
     )
     parser.add_argument("--max-latency", action="append", default=[], metavar="LOAD=US", help="may be repeated")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="measured launches of this model on this GPU")
