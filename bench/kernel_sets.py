@@ -30,7 +30,7 @@ TRIES = 7
 
 @functools.cache
 def ranked(
-    per_expert: tuple[QuantScheme, ...], n: int, k: int, counts: tuple[int, ...], gpu: GpuSpec, num_configs: int
+    per_expert: tuple[QuantScheme, ...], n: int, k: int, counts: tuple[int, ...], gpu: GpuSpec
 ) -> tuple[KernelConfig, ...]:
     """Configurations for these experts and their tokens, best first: in turn what the fitted latency model, which knows
     recorded kernels, and the analytic one, which knows new ones as well, put first.
@@ -49,7 +49,7 @@ def ranked(
     if ranking(gpu) is Ranking.FITTED:
         orders.insert(0, KernelChooser(fitted(gpu).model, gpu, uses).latencies_us(load).argsort(kind="stable"))
     in_turn = dict.fromkeys(index for pair in zip(*orders, strict=True) for index in pair)
-    return tuple(uses[index].config for index in in_turn)[:num_configs]
+    return tuple(uses[index].config for index in in_turn)
 
 
 @functools.cache
@@ -74,6 +74,12 @@ def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[Kern
         found.append(wanted.most_common(1)[0][0])  # of equals the one that was ranked first where it was met first
         lacking = [max(0, lacks - (found[-1] in top)) for top, lacks in zip(tops, lacking, strict=True)]
     return found
+
+
+@functools.cache
+def is_built(spec: KernelSpec) -> bool:
+    """Whether the cache has the kernel."""
+    return KernelCache(root=default_cache_dir()).get(spec) is not None
 
 
 def progress(num_kernels: int) -> AbstractContextManager[Phase]:

@@ -95,6 +95,7 @@ def _plan(arguments: argparse.Namespace, gpu: GpuSpec) -> Plan:
         num_configs=arguments.configs,
         fusions=_fusions(arguments.fusions),
         with_parts=arguments.parts,
+        built_only=arguments.built_only,
     )
 
 
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         help="ways to run a layer; the first also runs a launch a scheme (default: %(default)s)",
     )
     parser.add_argument("--parts", action="store_true", help="two layers also part by part, and without each fusion")
+    parser.add_argument("--built-only", action="store_true", help="run the kernels that the cache has, compile none")
     parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--configs", type=_at_least_one, default=3, metavar="N", help="timed for each launch (default: %(default)s)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.kernel_sets import ranked, shared
+from bench.kernel_sets import is_built, ranked, shared
 from bench.layer.allocations import BF16, Allocation, Group
 from bench.layer.cells import Cell
 from kernel_gen.cache import default_cache_dir
@@ -40,7 +39,8 @@ STEPS = Fusion.ROUTE | Fusion.GATHER | Fusion.SWIGLU | Fusion.COMBINE
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What to measure, which decides the kernels. num_configs: every launch tries at least so many. fusions: which
-    steps are ours, in as many ways as are compared; the first is what tuning and the launches a scheme use.
+    steps are ours, in as many ways as are compared; the first is what tuning and the launches a scheme use. built_only:
+    choose among the kernels that the cache has.
     """
 
     cells: tuple[Cell, ...]
@@ -49,6 +49,7 @@ class Plan:
     num_configs: int
     fusions: tuple[Fusion, ...]
     with_parts: bool = False
+    built_only: bool = False
 
     def of(self, cell: Cell) -> tuple[Allocation, ...]:
         """The cell's allocations: bf16, and those worth timing there of which more is left than one scheme a mix."""
@@ -96,10 +97,15 @@ def _choices(plan: Plan) -> dict[GemmId, tuple[KernelConfig, ...]]:
         for allocation in plan.of(cell):
             for gemm, schemes, counts in launches_of(allocation, cell):
                 fused = Fusion.EPILOGUE in plan.fusions[0] and gemm.linear is Linear.GATE_UP
-                ranking = ranked(schemes, *cell.shape.gemm(gemm.linear), counts, plan.gpu, 2 * plan.num_configs)
-                groups.setdefault((frozenset(schemes), fused), {})[gemm] = ranking
+                ranking = ranked(schemes, *cell.shape.gemm(gemm.linear), counts, plan.gpu)
+                if plan.built_only:
+                    ranking = tuple(each for each in ranking if all(map(is_built, _specs(plan, gemm, schemes, each))))
+                groups.setdefault((frozenset(schemes), fused), {})[gemm] = ranking[: 2 * plan.num_configs]
     found: dict[GemmId, tuple[KernelConfig, ...]] = {}
     for rankings in groups.values():
+        if plan.built_only:
+            found |= rankings
+            continue
         chosen = set(shared(list(rankings.values()), plan.num_configs))
         found |= {gemm: tuple(each for each in ranking if each in chosen) for gemm, ranking in rankings.items()}
     return found
@@ -125,17 +131,19 @@ def specs_needed(plan: Plan) -> list[KernelSpec]:
     for cell in plan.cells:
         for allocation in plan.of(cell):
             for gemm, schemes, _ in launches_of(allocation, cell):
-                for config, (swiglu, overlap) in itertools.product(configs_of(plan, gemm), _options(plan, gemm)):
-                    spec = KernelSpec(
-                        config=config,
-                        schemes=tuple(sorted(set(schemes), key=lambda scheme: scheme.name)),
-                        arch=plan.gpu.arch,
-                        max_experts=table_size(cell.shape.num_experts),
-                        swiglu=swiglu,
-                        overlap=overlap,
-                    )
-                    found[spec] = None
+                for config in configs_of(plan, gemm):
+                    found |= dict.fromkeys(_specs(plan, gemm, schemes, config))
     return list(found)
+
+
+def _specs(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: KernelConfig) -> Iterator[KernelSpec]:
+    """A launch's kernels in one configuration."""
+    slots = tuple(sorted(set(schemes), key=lambda scheme: scheme.name))
+    size = table_size(gemm.cell.shape.num_experts)
+    for swiglu, overlap in _options(plan, gemm):
+        yield KernelSpec(
+            config=config, schemes=slots, arch=plan.gpu.arch, max_experts=size, swiglu=swiglu, overlap=overlap
+        )
 
 
 def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool]]:

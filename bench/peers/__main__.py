@@ -23,6 +23,8 @@ from kernel_gen.timing import monotonic_s
 from profiles import gpus, schemes
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
+from profiles.gpus import GpuSpec
+from profiles.kernels import KernelConfig
 from profiles.models import Linear, model
 from profiles.schemes import QuantScheme
 
@@ -63,16 +65,15 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
     from bench.peers.measured_report import measured_markdown, of_roofline
     from bench.peers.measuring import measure, read_measured, specs_of
 
-    cells, gpu = _cells(arguments), check_gpu()
-    recorded = read_launches(arguments.profiles or RECORDED)
+    gpu = check_gpu()
+    cells = _cells(arguments, gpu)
     path, started = arguments.out / "measured.parquet", monotonic_s()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            device = open_device(gpu, specs_of(cells, gpu, recorded, arguments.configs), Path(folder))
+            device = open_device(gpu, specs_of(cells, gpu), Path(folder))
             print(f"{monotonic_s() - started:.0f} s: kernels are ready", file=sys.stderr, flush=True)
-            rounds, configs = arguments.rounds, arguments.configs
-            for cell, rows in measure(cells, device, recorded, path, rounds=rounds, num_configs=configs):
+            for cell, rows in measure(cells, device, path, rounds=arguments.rounds):
                 seconds = monotonic_s() - started
                 words = " ".join(map(str, cell.key))
                 print(f"{seconds:.1f} s: {words}: {len(rows)} contenders", file=sys.stderr, flush=True)
@@ -95,16 +96,18 @@ def build_all(arguments: argparse.Namespace) -> None:
     from bench.kernel_sets import compile_all
     from bench.peers.measuring import specs_of
 
-    cells, gpu = _cells(arguments), gpus.gpu(H200.gpu)
-    specs = specs_of(cells, gpu, read_launches(arguments.profiles or RECORDED), arguments.configs)
+    gpu = gpus.gpu(H200.gpu)
+    cells = _cells(arguments, gpu)
+    specs = specs_of(cells, gpu)
     print(f"{len(specs)} kernels, of {len(cells)} cells", file=sys.stderr)
     compile_all(specs, gpu)
 
 
-def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    from bench.peers.measuring import Cell
+def _cells(arguments: argparse.Namespace, gpu: GpuSpec) -> dict[Cell, list[KernelConfig]]:
+    """What to measure, with the configurations of ours to try."""
+    from bench.peers.measuring import Cell, our_configs
 
-    return [
+    cells = [
         Cell(model=shape.name, linear=linear, tokens=tokens, draw=draw, scheme=scheme)
         for shape in map(model, arguments.models.split(","))
         for linear in Linear
@@ -112,6 +115,9 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
         for tokens in _tokens(arguments.tokens)
         for draw in _draws(arguments.draws)
     ]
+    recorded = read_launches(arguments.profiles or RECORDED)
+    number, built_only = arguments.configs, arguments.built_only
+    return {cell: our_configs(cell, gpu, recorded, number, built_only=built_only) for cell in cells}
 
 
 def write_rows(frame: pd.DataFrame, path: Path) -> None:
@@ -185,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--configs", type=_at_least_one, default=8, metavar="N", help="ours tried (default: %(default)s)"
     )
+    parser.add_argument("--built-only", action="store_true", help="run the kernels that the cache has, compile none")
     parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--seconds", type=_at_least_one, default=3600, metavar="N", help="begin no cell later (default: %(default)s)"

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from bench.kernel_sets import TRIES, ranked
+from bench.kernel_sets import TRIES, is_built, ranked
 from bench.peers.contenders import OURS, Contender, Entry, Kernels, contenders
 from bench.peers.recorded import roofline_bar
 from bench.peers.roofline import Roofline, roofline
@@ -122,17 +122,26 @@ class Cell:
         return roofline(self.scheme, self.workload.n, self.workload.k, self.load.tokens_per_expert)
 
 
-def our_configs(cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame, number: int = NUM_CONFIGS) -> list[KernelConfig]:
-    """At most `number` configurations that may be fastest, in turn: what the latency model ranks first for these
+def our_configs(
+    cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame, number: int = NUM_CONFIGS, *, built_only: bool = False
+) -> list[KernelConfig]:
+    """At most `number` configurations that may be fastest, in turn: what the latency models rank first for these
     tokens, and the fastest recorded ones (bench.peers.recorded.read_launches) of this model, linear and scheme at the
-    recorded tokens nearest to the cell's.
+    recorded tokens nearest to the cell's. built_only: of the kernels that the cache has.
     """
     work = cell.workload
     schemes, counts = (cell.scheme,) * work.num_experts, cell.load.tokens_per_expert
-    by_model = [config.name for config in ranked(schemes, work.n, work.k, counts, gpu, number)]
+    by_model = [config.name for config in ranked(schemes, work.n, work.k, counts, gpu)]
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(by_model, _recorded_winners(cell, recorded)))
-    names = dict.fromkeys(name for name in in_turn if name)
-    return [kernels.parse(name) for name in names][:number]
+    configs = [kernels.parse(name) for name in dict.fromkeys(name for name in in_turn if name)]
+    if built_only:
+        configs = [config for config in configs if is_built(_spec(cell, config, gpu))]
+    return configs[:number]
+
+
+def _spec(cell: Cell, config: KernelConfig, gpu: GpuSpec) -> KernelSpec:
+    max_experts = table_size(cell.workload.num_experts)
+    return KernelSpec(config=config, schemes=(cell.scheme,), arch=gpu.arch, max_experts=max_experts)
 
 
 def _recorded_winners(cell: Cell, recorded: pd.DataFrame) -> list[str]:
@@ -168,14 +177,10 @@ class Shelf:
         return self._last
 
 
-def specs_of(cells: Sequence[Cell], gpu: GpuSpec, recorded: pd.DataFrame, number: int) -> list[KernelSpec]:
+def specs_of(cells: Mapping[Cell, Sequence[KernelConfig]], gpu: GpuSpec) -> list[KernelSpec]:
     """Our kernels that the cells run."""
-    specs: dict[KernelSpec, None] = {}
-    for cell in cells:
-        max_experts = table_size(cell.workload.num_experts)
-        for config in our_configs(cell, gpu, recorded, number):
-            specs[KernelSpec(config=config, schemes=(cell.scheme,), arch=gpu.arch, max_experts=max_experts)] = None
-    return list(specs)
+    found = (_spec(cell, config, gpu) for cell, configs in cells.items() for config in configs)
+    return list(dict.fromkeys(found))
 
 
 def measure_cell(
@@ -315,24 +320,19 @@ def _base(cell: Cell, name: str, config: str, device: Device) -> dict[str, Any]:
 
 
 def measure(
-    cells: Sequence[Cell],
-    device: Device,
-    recorded: pd.DataFrame,
-    path: Path,
-    *,
-    rounds: int = ROUNDS,
-    num_configs: int = NUM_CONFIGS,
+    cells: Mapping[Cell, Sequence[KernelConfig]], device: Device, path: Path, *, rounds: int = ROUNDS
 ) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
-    """Measures the cells that the Parquet file lacks; a cell's rows are in the file when they are given.
+    """Measures the cells that the Parquet file lacks, each with these of our configurations; a cell's rows are in the
+    file when they are given.
 
     Ends after a cell that lost the CUDA context: a second run goes on with the next. DataError: another kind of file.
     """
     rows: list[dict[str, Any]] = read_measured(path).to_dict("records") if path.exists() else []  # type: ignore[assignment]
     done, shelf = {tuple(row[name] for name in CELL) for row in rows}, Shelf(device)
-    for cell in cells:
+    for cell, configs in cells.items():
         if cell.key in done:
             continue
-        found = measure_cell(cell, our_configs(cell, device.gpu, recorded, num_configs), device, shelf, rounds=rounds)
+        found = measure_cell(cell, configs, device, shelf, rounds=rounds)
         device.release()
         rows += found
         with replacing(path) as temporary:

@@ -101,6 +101,16 @@ def test_every_launch_is_built_before() -> None:
     assert {(spec.swiglu, spec.overlap) for spec in four} == {(a, b) for a in (True, False) for b in (True, False)}
 
 
+def test_only_kernels_that_are_built(monkeypatch) -> None:
+    mix = MIXED[0]
+    every = specs_needed(plan(mix.name))
+    built = set(every[::2])
+    monkeypatch.setattr("bench.layer.building.is_built", lambda spec: spec in built)
+    assert set(specs_needed(plan(mix.name, built_only=True))) <= built
+    monkeypatch.setattr("bench.layer.building.is_built", lambda spec: spec in set(every))
+    assert set(specs_needed(plan(mix.name, tokens=17, built_only=True))) <= set(every)
+
+
 def test_launches_share_their_kernels() -> None:
     a, b, c, d = "abcd"
     assert shared([(a, b, c), (d, b, a), (c, b, d)], 1) == [b]

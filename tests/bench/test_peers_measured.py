@@ -169,7 +169,9 @@ def test_of_our_configurations_the_fastest_alone_go_on() -> None:
     assert len(found) == FINALISTS + 1
 
 
-def test_configurations_come_from_the_model_and_from_recordings(tmp_path: Path) -> None:
+def test_configurations_come_from_the_model_and_from_recordings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bench.peers.measuring import our_configs
     from profiles.gpus import gpu
 
@@ -179,6 +181,9 @@ def test_configurations_come_from_the_model_and_from_recordings(tmp_path: Path) 
     assert len(set(names)) == 4
     other = [config.name for config in our_configs(cell("w4a16_g128_sym"), gpu("h200"), recorded, 4)]
     assert len(set(other)) == 4
+    monkeypatch.setattr("bench.peers.measuring.is_built", lambda spec: spec.config.name in other[1:3])
+    built = our_configs(cell("w4a16_g128_sym"), gpu("h200"), recorded, 4, built_only=True)
+    assert {config.name for config in built} == set(other[1:3])
 
 
 @pytest.mark.usefixtures("tiny")
@@ -237,12 +242,14 @@ def test_without_a_gpu_a_measured_run_is_refused(capsys: pytest.CaptureFixture[s
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     from bench.peers.measured_report import against_published, best, measured_markdown, of_roofline
-    from bench.peers.measuring import measure, read_measured
+    from bench.peers.measuring import measure, our_configs, read_measured
+    from profiles.gpus import gpu
 
     recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
     path, cells = tmp_path / "measured.parquet", [cell("w16a16"), cell("w4a16_g128_sym")]
-    first = [one.scheme.name for one, _ in measure(cells[:1], device({}), recorded, path, rounds=1)]
-    second = [one.scheme.name for one, _ in measure(cells, device({}), recorded, path, rounds=1)]
+    tried = {one: our_configs(one, gpu("h200"), recorded) for one in cells}
+    first = [one.scheme.name for one, _ in measure({cells[0]: tried[cells[0]]}, device({}), path, rounds=1)]
+    second = [one.scheme.name for one, _ in measure(tried, device({}), path, rounds=1)]
     assert (first, second) == (["w16a16"], ["w4a16_g128_sym"])
     found = read_measured(path)
     assert CONFIG in set(found[found["scheme"] == "w16a16"]["config"])  # the recorded winner, beside the model's choice
@@ -265,7 +272,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     assert f"theirs over ours {fastest.loc['w16a16', 'ratio']:.2f}" in text
     path.write_bytes(b"no Parquet")
     with pytest.raises(DataError, match="remove it"):
-        list(measure(cells, device({}), recorded, path))
+        list(measure(tried, device({}), path))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
