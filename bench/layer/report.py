@@ -6,6 +6,7 @@ import pandas as pd
 
 from bench.layer.allocations import ALLOCATIONS, BF16, DECODE_TOKENS, MIX_BITS, MIXED, Group
 from bench.layer.contenders import FUSIONS, Variant
+from bench.layer.limits import with_limits
 from kernel_gen.moe import Fusion
 
 DECODE_BAR, PREFILL_BAR = 3.4, 1.7
@@ -81,10 +82,8 @@ def fusions(rows: pd.DataFrame) -> pd.DataFrame:
 
 def headline(whole: pd.DataFrame) -> list[str]:
     """The bars and what was reached."""
-    ours = whole[(whole["variant"] == Variant.OURS.value) & (whole["group"] == Group.MIXED.value)]
-    decode = ours[(ours["tokens"] <= DECODE_TOKENS) & (ours["avg_bits"] <= MIX_BITS)]
-    eight = [item.name for item in MIXED if item.has_8bit_tokens]
-    prefill = ours[(ours["tokens"] > DECODE_TOKENS) & ours["allocation"].isin(eight)]
+    mixes = barred(whole)
+    decode, prefill = mixes[mixes["tokens"] <= DECODE_TOKENS], mixes[mixes["tokens"] > DECODE_TOKENS]
     lines = []
     for name, frame, bar in (
         (f"a mix of at most {MIX_BITS} bits, up to {DECODE_TOKENS} tokens", decode, DECODE_BAR),
@@ -109,6 +108,41 @@ def headline(whole: pd.DataFrame) -> list[str]:
                 f"{gains.median():.2f}; faster in {int((gains > 1).sum())} of {len(gains)} mixed layers."
             )
     return lines
+
+
+def against_limits(whole: pd.DataFrame) -> pd.DataFrame:
+    """For each cell the fastest bf16 layer and our fastest mix that its bar is about: the least time that their GEMMs
+    could take, the fraction of it that the layer reaches, and the speed-up if both reached it.
+    """
+    rows = []
+    for (model, tokens), cell in with_limits(whole).groupby(["model", "tokens"], sort=False):
+        mixes = barred(cell)
+        if mixes.empty:
+            continue
+        bf16 = cell[cell["group"] == Group.BF16.value].nsmallest(1, "latency_us").iloc[0]
+        mix = mixes.nsmallest(1, "latency_us").iloc[0]
+        rows.append(
+            {
+                "model": model,
+                "tokens": tokens,
+                "mix": mix["allocation"],
+                "speed-up": mix["best_bf16_us"] / mix["latency_us"],
+                "bf16's limit, us": bf16["limit_us"],
+                "reached": bf16["limit_us"] / mix["best_bf16_us"],
+                "mix's limit, us": mix["limit_us"],
+                "reached by the mix": mix["fraction"],
+                "speed-up at the limits": bf16["limit_us"] / mix["limit_us"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def barred(whole: pd.DataFrame) -> pd.DataFrame:
+    """Our mixes that the bars are about: of at most MIX_BITS up to DECODE_TOKENS, with 8-bit tokens above."""
+    ours = whole[(whole["variant"] == Variant.OURS.value) & (whole["group"] == Group.MIXED.value)]
+    eight = [item.name for item in MIXED if item.has_8bit_tokens]
+    decode = (ours["tokens"] <= DECODE_TOKENS) & (ours["avg_bits"] <= MIX_BITS)
+    return ours[decode | ((ours["tokens"] > DECODE_TOKENS) & ours["allocation"].isin(eight))]
 
 
 def markdown(rows: pd.DataFrame, *, command: str) -> str:
@@ -137,6 +171,13 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
             .reset_index(),
             1,
         ),
+        "",
+        "## What bounds the speed-up",
+        "",
+        "The least time of both GEMMs on the card (bench/peers/roofline.py), and the fraction of it that the whole "
+        "layer, steps and all, reaches.",
+        "",
+        _table(against_limits(whole), 2),
         "",
         "## Choices of fusions",
         "",

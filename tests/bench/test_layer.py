@@ -15,6 +15,7 @@ from bench.layer.building import Plan, left_out, specs_needed, steps_needed  # n
 from bench.layer.cells import Cell, Given  # noqa: E402
 from bench.layer.contenders import FUSIONS, Variant  # noqa: E402
 from bench.layer.layers import SteppedLayer, torch_layer  # noqa: E402
+from bench.layer.limits import gemms_us  # noqa: E402
 from bench.layer.measuring import read_measured  # noqa: E402
 from bench.layer.reference import expected_output  # noqa: E402
 from bench.layer.weights import LayerWeights, SchemeShare, num_sets  # noqa: E402
@@ -310,6 +311,23 @@ def test_the_report_compares_with_the_fastest_bf16_layer(rows) -> None:
     assert report.parts(rows).iloc[0][["gather", "gemm 1"]].tolist() == [4.0, 26.0]
     assert report.fusions(rows).iloc[0]["without swiglu"] == pytest.approx(1.1)
     assert report.choices(rows).iloc[-1]["all"] == pytest.approx(1.25)
+
+
+def test_what_bounds_a_speed_up(rows) -> None:
+    whole = report.whole_layers(rows)
+    (found,) = report.against_limits(whole).to_dict("records")
+    assert found["mix"] == MIXED[0].name
+    assert found["speed-up"] == pytest.approx(3.6)
+    bf16, mix = gemms_us(CELL, BF16), gemms_us(CELL, MIXED[0])
+    assert found["speed-up at the limits"] == pytest.approx(bf16 / mix)
+    assert 3 < bf16 / mix < 4.5  # 16 bits over 4.25, but for activations and which experts have tokens
+    active = sum(count > 0 for count in CELL.counts())
+    assert bf16 == pytest.approx(active * 3 * 2048 * 1408 * 2 / 4689e3, rel=0.02)
+    fp8, int8 = (gemms_us(Cell(model=CELL.model, tokens=8192), allocation(name)) for name in EIGHT)
+    assert int8 / fp8 == pytest.approx(1505 / 1151, rel=1e-3)
+
+
+EIGHT = ("w8a8_g-1_sym_e4m3", "w8a8_g-1_sym")
 
 
 def test_the_command_reports_what_was_measured(rows, tmp_path, capsys) -> None:
