@@ -14,6 +14,7 @@ from costmodel.pricing import KernelChooser
 from costmodel.shipped import fitted
 from kernel_gen.build import compile_and_gate
 from kernel_gen.cache import KernelCache, default_cache_dir
+from kernel_gen.gate import rejections
 from kernel_gen.kernels import KernelSpec
 from kernel_gen.legality import estimated_facts
 from kernel_gen.select import Ranking, ranking, table_size
@@ -77,9 +78,10 @@ def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[Kern
 
 
 @functools.cache
-def is_built(spec: KernelSpec) -> bool:
-    """Whether the cache has the kernel."""
-    return KernelCache(root=default_cache_dir()).get(spec) is not None
+def is_built(spec: KernelSpec, gpu: GpuSpec) -> bool:
+    """Whether the cache has the kernel, and it may run."""
+    artifact = KernelCache(root=default_cache_dir()).get(spec)
+    return artifact is not None and not rejections(artifact.code, spec, gpu)
 
 
 def progress(num_kernels: int) -> AbstractContextManager[Phase]:

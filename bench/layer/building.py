@@ -40,7 +40,7 @@ STEPS = Fusion.ROUTE | Fusion.GATHER | Fusion.SWIGLU | Fusion.COMBINE
 class Plan:
     """What to measure, which decides the kernels. num_configs: every launch tries at least so many. fusions: which
     steps are ours, in as many ways as are compared; the first is what tuning and the launches a scheme use. built_only:
-    choose among the kernels that the cache has.
+    choose among the kernels that the cache has and the gate passes.
     """
 
     cells: tuple[Cell, ...]
@@ -99,7 +99,7 @@ def _choices(plan: Plan) -> dict[GemmId, tuple[KernelConfig, ...]]:
                 fused = Fusion.EPILOGUE in plan.fusions[0] and gemm.linear is Linear.GATE_UP
                 ranking = ranked(schemes, *cell.shape.gemm(gemm.linear), counts, plan.gpu)
                 if plan.built_only:
-                    ranking = tuple(each for each in ranking if all(map(is_built, _specs(plan, gemm, schemes, each))))
+                    ranking = tuple(each for each in ranking if _is_built(plan, gemm, schemes, each))
                 groups.setdefault((frozenset(schemes), fused), {})[gemm] = ranking[: 2 * plan.num_configs]
     found: dict[GemmId, tuple[KernelConfig, ...]] = {}
     for rankings in groups.values():
@@ -144,6 +144,10 @@ def _specs(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: Ker
         yield KernelSpec(
             config=config, schemes=slots, arch=plan.gpu.arch, max_experts=size, swiglu=swiglu, overlap=overlap
         )
+
+
+def _is_built(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: KernelConfig) -> bool:
+    return all(is_built(spec, plan.gpu) for spec in _specs(plan, gemm, schemes, config))
 
 
 def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool]]:

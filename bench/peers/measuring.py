@@ -135,7 +135,7 @@ def our_configs(
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(by_model, _recorded_winners(cell, recorded)))
     configs = [kernels.parse(name) for name in dict.fromkeys(name for name in in_turn if name)]
     if built_only:
-        configs = [config for config in configs if is_built(_spec(cell, config, gpu))]
+        configs = [config for config in configs if is_built(_spec(cell, config, gpu), gpu)]
     return configs[:number]
 
 

@@ -106,9 +106,9 @@ def test_only_kernels_that_are_built(monkeypatch) -> None:
     mix = MIXED[0]
     every = specs_needed(plan(mix.name))
     built = set(every[::2])
-    monkeypatch.setattr("bench.layer.building.is_built", lambda spec: spec in built)
+    monkeypatch.setattr("bench.layer.building.is_built", lambda spec, gpu: spec in built)
     assert set(specs_needed(plan(mix.name, built_only=True))) <= built
-    monkeypatch.setattr("bench.layer.building.is_built", lambda spec: spec in set(every))
+    monkeypatch.setattr("bench.layer.building.is_built", lambda spec, gpu: spec in set(every))
     assert set(specs_needed(plan(mix.name, tokens=17, built_only=True))) <= set(every)
 
 

@@ -80,8 +80,8 @@ def test_plan_quality_measure_report(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_mixed_row_stands_beside_the_fastest_that_is_no_worse() -> None:
     def row(name: str, measured: float, added: float, perplexity: float, *, is_mixed: bool = False) -> Row:
         return Row(
-            name=name, is_mixed=is_mixed, avg_weight_bits=4.0, perplexity=perplexity, mean_kl=0.1, added_us=added,
-            predicted_us=measured, measured_us=measured,
+            name=name, is_mixed=is_mixed, avg_weight_bits=4.0, perplexity=perplexity, mean_kl=perplexity / 10,
+            added_us=added, predicted_us=measured, measured_us=measured,
         )  # fmt: skip
 
     rows = [row("fast", 10, 11, 9.0), row("good", 30, 28, 6.0), row("slow", 90, 95, 5.5)]
@@ -91,6 +91,8 @@ def test_a_mixed_row_stands_beside_the_fastest_that_is_no_worse() -> None:
     assert (best.beside, best.faster) == (None, None)  # no uniform scheme is as good
     equal = compared([row("near", 30, 30, 6.0059), row("mixed", 20, 20, 6.0, is_mixed=True)])
     assert equal[1].beside == "near"
+    assert equal[1].beside_kl is None  # its KL is more
+    assert (mixed.beside_kl, mixed.faster_kl) == ("good", 0.5)
 
 
 def test_a_folder_without_a_plan_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
