@@ -7,8 +7,11 @@ problem     everything that a trial reads: blocks, launches, budget
 pricing     latency of a launch: the analytic model, scaled by the measurements nearest to it
 menu        what may be sampled: scheme sets and configurations that a kernel can be generated for, and nothing else
 evaluate    a choice -> the inner solver's assignment -> its loss and launch latencies
-objective   values, constraints, attributes and pruning of a trial
-warm        first trials: uniform schemes, Lagrangian breakpoints, sets at the limits
+assigned    that assignment with its launches at the limits, and the slack spent
+objective   goals, and a trial's parameters as a choice
+trial       a trial: solved, priced, recorded or pruned
+sequential  the pipeline without a study: best kernel per scheme first, bits second
+warm        first trials: the sequential pipeline's answers, uniform schemes, Lagrangian breakpoints, sets at the limits
 sets        scheme sets by the exact solver, every scheme at its own best kernel
 storage     a URL -> an Optuna storage
 run         the loop, and allocations from its results
