@@ -12,16 +12,16 @@ import io
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from costmodel.facts import BuildFacts
-from kernel_gen.gate import CodeFacts, build_facts, inspect_cubin
+from kernel_gen.gate import CodeFacts, build_facts, inspect_cubin, rejections
 from kernel_gen.kernels import KernelSpec, StepSpec, entry
 from kernel_gen.timing import monotonic_s
-from profiles.errors import BitileError, UserError
+from profiles.errors import BitileError, UnsupportedError, UserError
 from profiles.gpus import GpuSpec
 from profiles.kernels import Family
 
@@ -62,19 +62,25 @@ def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
     """Compile `spec` and write `{spec.name}.o` into `out_dir`, an existing folder. CompileError when the compiler
     refuses it.
     """
-    with tempfile.TemporaryDirectory(prefix=".dump-", dir=out_dir) as scratch:
-        started = monotonic_s()
+    started = monotonic_s()
+    with _inspected(spec) as (compiled, code):
+        object_path = out_dir / f"{spec.name}.o"
+        compiled.export_to_c(str(object_path), function_name=spec.name)
+        seconds = monotonic_s() - started
+    return Artifact(spec=spec, object_path=object_path, code=code, compile_seconds=seconds)
+
+
+@contextlib.contextmanager
+def _inspected(spec: KernelSpec) -> Iterator[tuple[Any, CodeFacts]]:
+    """The compiler's function and what its machine code shows."""
+    with tempfile.TemporaryDirectory(prefix="bitile-kernel-") as scratch:
         # Only wgmma can be serialised behind our back, and asking for ptxas's log compiles the kernel twice.
         with_log = spec.config.family is Family.WGMMA
         with contextlib.redirect_stderr(io.StringIO()) as log:
             compiled = _compile(spec, f"--keep-cubin --dump-dir {scratch}" + (" remarks{ptx}" if with_log else ""))
-        object_path = out_dir / f"{spec.name}.o"
-        compiled.export_to_c(str(object_path), function_name=spec.name)
-        seconds = monotonic_s() - started
         cubin = Path(scratch, f"{spec.name}.cubin")
         cubin.write_bytes(compiled.__cubin__)
-        code = inspect_cubin(cubin, arch=spec.arch, ptxas_log=log.getvalue())
-    return Artifact(spec=spec, object_path=object_path, code=code, compile_seconds=seconds)
+        yield compiled, inspect_cubin(cubin, arch=spec.arch, ptxas_log=log.getvalue())
 
 
 def inspect_step(spec: StepSpec) -> CodeFacts:
@@ -93,9 +99,20 @@ def export_step(spec: StepSpec, path: Path) -> None:
     _compile(spec, "").export_to_c(str(path), function_name=spec.name)
 
 
+def load_gated(spec: KernelSpec, gpu: GpuSpec) -> tuple[Callable[..., None], BuildFacts]:
+    """Compile `spec` into this process, and its facts on this GPU. UnsupportedError with the gate's reasons, if it has
+    any.
+    """
+    started = monotonic_s()
+    with _inspected(spec) as (compiled, code):
+        if found := rejections(code, spec, gpu):
+            raise UnsupportedError(spec.label, found)
+        return compiled, build_facts(code, spec, gpu, compile_seconds=monotonic_s() - started)
+
+
 def load_in_process(spec: KernelSpec | StepSpec) -> Callable[..., None]:
-    """Compile `spec` into this process, which has a GPU of `spec.arch`: the function takes the entry's arguments of
-    ARCHITECTURE.md, a step's those of its `__call__`.
+    """Compile `spec` into this process, which has a GPU of `spec.arch`, past the gate: the function takes the entry's
+    arguments of ARCHITECTURE.md, a step's those of its `__call__`.
     """
     function: Callable[..., None] = _compile(spec, "")
     return function

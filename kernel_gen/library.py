@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class KernelLibrary:
-    """Loaded kernels of one GPU. A kernel that is not loaded yet is compiled (half a second), so warm up before a
-    capture.
+    """Loaded kernels of one GPU. A kernel that is not loaded yet is compiled and gated (a second or two), so warm up
+    before a capture.
 
     Args:
         gpu: what torch's device is.
         bundle: kernels made by `python -m kernel_gen.build`, each of which passed the gate; without one, the compiler
-            must be installed, and what it makes of a kernel is not looked at (docs/build.md).
+            must be installed.
     """
 
     def __init__(self, gpu: GpuSpec, bundle: Bundle | None = None) -> None:
@@ -40,6 +40,7 @@ class KernelLibrary:
             raise SpecError(f"bundle: expected kernels for {gpu.arch}, got {bundle.gpu.arch} ({bundle.path})")
         self.gpu, self.bundle = gpu, bundle
         self._loaded: dict[KernelSpec, Kernel] = {}
+        self._refused: dict[KernelSpec, tuple[str, ...]] = {}
         self._steps: dict[StepSpec, Callable[..., None]] = {}
         self._best_of: weakref.WeakKeyDictionary[Experts, dict[tuple[int, bool, bool], Kernel]] = (
             weakref.WeakKeyDictionary()
@@ -73,8 +74,13 @@ class KernelLibrary:
     def _find(self, experts: Experts, num_rows: int, *, swiglu: bool, overlap: bool) -> Kernel:
         per_expert, n, k, size = experts.scheme_of_expert, experts.n, experts.k, table_size(experts.num_experts)
         if self.bundle is None:
-            config = choose(per_expert, n, k, num_rows, self.gpu)
-            return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
+            refused: set[KernelConfig] = set()
+            while True:  # until `choose` has none left and says why
+                config = choose(per_expert, n, k, num_rows, self.gpu, without=frozenset(refused))
+                try:
+                    return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
+                except UnsupportedError:  # legal by estimate, refused by the gate
+                    refused.add(config)
         fitting = self._fitting(frozenset(experts.schemes), size, swiglu, overlap)
         return self._kernel(fitting[choose(per_expert, n, k, num_rows, self.gpu, among=tuple(fitting))])
 
@@ -87,7 +93,9 @@ class KernelLibrary:
         swiglu: bool = False,
         overlap: bool = False,
     ) -> Kernel:
-        """A certain kernel. UnsupportedError if the bundle lacks it."""
+        """A certain kernel. UnsupportedError if the bundle lacks it, or the gate refuses what was compiled, with its
+        reasons.
+        """
         spec = KernelSpec(
             config=config,
             schemes=schemes,
@@ -101,7 +109,7 @@ class KernelLibrary:
     def _kernel(self, spec: KernelSpec) -> Kernel:
         if spec not in self._loaded:
             _require_no_capture(spec.label)
-            self._loaded[spec] = self._bundled(spec) if self.bundle is not None else _compiled(spec)
+            self._loaded[spec] = self._bundled(spec) if self.bundle is not None else self._compiled(spec)
         return self._loaded[spec]
 
     def _fitting(
@@ -138,7 +146,7 @@ class KernelLibrary:
             _require_no_capture(spec.label)
             if self.bundle is not None:
                 raise UnsupportedError(spec.label, [f"the bundle {self.bundle.path} has GEMMs only"])
-            self._steps[spec] = _load(spec)
+            self._steps[spec] = _load_step(spec)
         return self._steps[spec]
 
     def _bundled(self, spec: KernelSpec) -> Kernel:
@@ -148,6 +156,18 @@ class KernelLibrary:
             refused = [reason for item in self.bundle.refused if item.spec == spec for reason in item.reasons]
             raise UnsupportedError(spec.label, refused or [f"the bundle {self.bundle.path} lacks it"])
         return Kernel(built.spec, self.bundle.function(built), built.facts.ctas_per_sm)
+
+    def _compiled(self, spec: KernelSpec) -> Kernel:
+        if spec in self._refused:
+            raise UnsupportedError(spec.label, self._refused[spec])
+        from kernel_gen.compiler import load_gated
+
+        try:
+            function, facts = load_gated(spec, self.gpu)
+        except UnsupportedError as error:
+            self._refused[spec] = error.reasons
+            raise
+        return Kernel(spec, function, facts.ctas_per_sm)
 
     @functools.cached_property
     def _bundled_by_name(self) -> dict[KernelSpec, BundledKernel]:
@@ -160,11 +180,7 @@ def _by_name(spec: KernelSpec) -> KernelSpec:
     return dataclasses.replace(spec, schemes=tuple(sorted(spec.schemes, key=lambda scheme: scheme.name)))
 
 
-def _compiled(spec: KernelSpec) -> Kernel:
-    return Kernel(spec, _load(spec), ctas_per_sm=spec.config.min_ctas_per_sm)
-
-
-def _load(spec: KernelSpec | StepSpec) -> Callable[..., None]:
+def _load_step(spec: StepSpec) -> Callable[..., None]:
     from kernel_gen.compiler import load_in_process
 
     return load_in_process(spec)

@@ -50,10 +50,11 @@ def choose(
     gpu: GpuSpec,
     *,
     among: tuple[KernelConfig, ...] | None = None,
+    without: frozenset[KernelConfig] = frozenset(),
     by: Ranking | None = None,
 ) -> KernelConfig:
     """The configuration for a launch of `num_rows` rows spread evenly over experts with these schemes, one each; one of
-    `among`, which were built for them, by default of all that are legal.
+    `among`, which were built for them, by default of all that are legal but `without`, which a build refused.
 
     The host does not know the real load (that would wait for the GPU), so rows are rounded up to a power of two: a
     handful of kernels serve every batch size. By `ranking(gpu)`, or `by` what is given. The fitted model may have to be
@@ -63,6 +64,10 @@ def choose(
         UnsupportedError: no configuration runs these schemes together.
         DataError: `by` asks for the fitted model of a GPU without recorded launches.
     """
+    if without:
+        slots, size = tuple(dict.fromkeys(schemes)), table_size(len(schemes))
+        every = candidates(slots, gpu, Effort.QUICK, max_experts=size) if among is None else among
+        among = tuple(config for config in every if config not in without)
     return _choose(tuple(schemes), n, k, rounded_rows(num_rows), gpu, among, by or ranking(gpu))
 
 
@@ -107,6 +112,11 @@ def _uses(
     slots = tuple(dict.fromkeys(schemes))
     max_experts = table_size(len(schemes))
     configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts) if among is None else among
+    if among is not None and not among:
+        raise UnsupportedError(
+            f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}",
+            ["the build refused every configuration that is legal by estimate"],
+        )
     if not configs:
         why = summarise(enumerate_configs(slots, gpu, Effort.QUICK, max_experts=max_experts)).by_kind
         raise UnsupportedError(
