@@ -59,7 +59,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self,
         *,
         num_trees: int = 240,
-        depth: int = 5,
+        depth: int = 6,
         learning_rate: float = 0.1,
         l2: float = 1.0,
         slope: float = 0.95,

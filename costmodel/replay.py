@@ -33,7 +33,7 @@ from profiles.errors import DataError, UserError
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
-MIN_BATCH, MAX_SHARE = 16, 0.12
+MIN_BATCH, MAX_SHARE = 8, 0.12
 GOAL = 0.01
 """The expected regret at which guided measuring stops."""
 
