@@ -14,7 +14,7 @@ from costmodel.launches import Launch
 from costmodel.model_file import FittedModel
 from costmodel.pricing import cost_table
 from costmodel.table import CostTable, PricedLaunch
-from kernel_gen.legality import estimated_facts
+from kernel_gen.legality import estimated_facts, reasons
 from kernel_gen.space import Effort, candidates
 from profiles import kernels
 from profiles.errors import DataError, SpecError
@@ -192,18 +192,18 @@ def predicted_table(
 def learned_table(
     fitted: FittedModel, shape: MoeShape, loads: Mapping[str, TokenLoad], schemes: Sequence[QuantScheme]
 ) -> CostTable:
-    """A fitted model's latencies of every linear, the shared experts' too, each scheme with the fastest of the
-    configurations that it was fitted on, or of the quick space where it was fitted on none.
+    """A fitted model's latencies of every linear, the shared experts' too: each scheme's fastest configuration of
+    the quick space and of those that the model was fitted on with the scheme.
 
     Raises:
         SpecError: no scheme has a kernel there.
     """
     gpu, size = find_gpu(fitted.gpu), max(shape.num_experts, 1)
-    configs = {
-        scheme: [kernels.parse(name) for name in fitted.configs.get(scheme.name, ())]
-        or candidates((scheme,), gpu, Effort.QUICK, max_experts=size)
-        for scheme in schemes
-    }
+    configs = {}
+    for scheme in schemes:
+        seen = [kernels.parse(name) for name in fitted.configs.get(scheme.name, ())]
+        legal = [config for config in seen if not reasons(config, (scheme,), gpu, max_experts=size)]
+        configs[scheme] = list(dict.fromkeys([*candidates((scheme,), gpu, Effort.QUICK, max_experts=size), *legal]))
     known = [scheme for scheme in schemes if configs[scheme]]
     if not known:
         raise SpecError(f"none of {', '.join(scheme.name for scheme in schemes)} has a kernel for {gpu.name}")

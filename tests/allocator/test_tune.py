@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,20 @@ from allocator.scenarios import (
     typical_load,
 )
 from allocator.stages import Stages
+from allocator.study.evidence import Evidence
+from allocator.study.pricing import Pricer
+from allocator.study.problem import LaunchKind
 from allocator.tune import main
 from allocator.verify import Verification
 from costmodel import shipped
 from costmodel.table import CostTable
+from kernel_gen.space import Effort, candidates
 from profiles import schemes
 from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu
+from profiles.kernels import GemmShape
 from profiles.loads import TokenLoad, log_normal
-from profiles.models import model
+from profiles.models import Linear, model
 from profiles.records import Status
 from tests.allocator.benches import MadeUpBench
 
@@ -311,6 +317,14 @@ def test_a_learned_table_has_every_linear_and_follows_what_was_measured() -> Non
     assert len(both) == len(learned.frame()) == len(analytic.frame())
     assert set(both["linear"]) == {"gate_up", "down", "shared_gate_up", "shared_down"}
     assert (both["latency_us_x"] / both["latency_us_y"]).between(0.4, 2.5).all()
+    evidence = Evidence.from_cost_table(learned, QWEN.name, QWEN.num_experts, loads)
+    pricer = Pricer(replace(evidence, latency_model=shipped.fitted(h200)), ())
+    kind = LaunchKind(linear="down", shape=GemmShape(m=1, n=QWEN.gemm(Linear.DOWN)[0], k=QWEN.gemm(Linear.DOWN)[1]),
+                      loads=loads, rows=np.zeros((1, 60), dtype=np.int64))  # fmt: skip
+    quick = candidates(some[:1], h200, Effort.QUICK, max_experts=60)
+    least = pricer.uniforms_us(kind, "decode", some[:1], quick).min()
+    row = learned.frame().query("linear == 'down' and scheme == 'w4a16_g128_sym'").iloc[0]
+    assert row["latency_us"] <= least * (1 + 1e-6)  # a study finds nothing faster for one scheme than the table has
     with pytest.raises(SpecError, match="none of w4a4_g128_sym has a kernel for h200"):
         learned_table(shipped.fitted(h200), QWEN, loads, [schemes.parse("w4a4_g128_sym")])
 
