@@ -20,6 +20,8 @@ CAP_MARGIN = 0.9995
 PRICE_POWER = 8.0
 """A price grows by this power of how far launches are over a limit: 1.1 times too long, twice the price."""
 SPENDINGS = 3
+FINEST = 128
+"""Moves are tried to this part of all there are: every try prices all launches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ def _spent(evaluator: Evaluator, goal: Goal, held: _Try) -> _Try:
     for _ in range(SPENDINGS):
         moves, order = _moves(evaluator, held)
         low, high = 0, len(order)
-        while low < high:  # the most moves that hold, were latency to grow with every move; each is checked
+        while high - low > len(order) // FINEST:  # the most that hold, were latency to grow with each; all are checked
             middle = (low + high + 1) // 2
             assignment = held.inner.assignment.copy()
             assignment[order[:middle]] = moves[order[:middle]]
