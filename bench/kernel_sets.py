@@ -62,19 +62,17 @@ def _possible(
 
 
 def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[KernelConfig]:
-    """A few configurations of which every ranking has `number` among its first 2 * `number`: kernels that many launches
-    can try. Greedy: always the one that most rankings still lack.
+    """A few configurations of which every ranking has its first and, of its first 2 * `number`, as many as `number`:
+    kernels that many launches can try. Greedy: always the one that most rankings still lack.
     """
     tops = [ranking[: 2 * number] for ranking in rankings]
-    lacking = [min(number, len(top)) for top in tops]
-    found: list[KernelConfig] = []
-    while any(lacking):
-        wanted = Counter(
-            config for top, lacks in zip(tops, lacking, strict=True) for config in top if lacks and config not in found
-        )
-        found.append(wanted.most_common(1)[0][0])  # of equals the one that was ranked first where it was met first
-        lacking = [max(0, lacks - (found[-1] in top)) for top, lacks in zip(tops, lacking, strict=True)]
-    return found
+    found = list(dict.fromkeys(top[0] for top in tops if top))
+    while True:
+        lacking = [top for top in tops if sum(config in found for config in top) < min(number, len(top))]
+        if not lacking:
+            return found
+        wanted = Counter(config for top in lacking for config in top if config not in found)
+        found.append(wanted.most_common(1)[0][0])
 
 
 @functools.cache

@@ -15,6 +15,9 @@ from profiles.atomic import replacing
 EQUAL_PERPLEXITY = 0.001
 """Relative. Perplexities this close count as equal: the text is too short to tell them apart."""
 
+LEAST = 1e-5
+"""Lower perplexities than the model's own are drawn here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -73,12 +76,14 @@ def markdown(curves: Mapping[str, Sequence[Row]], batches: Mapping[str, int], ex
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in sorted(rows, key=lambda one: (one.is_mixed, one.measured_us)):
-            beside = (
-                "| | |" if row.faster is None else f"| {row.beside} | {row.faster:+.1%} | {row.faster_added:+.1%} |"
-            )
+            beside, beside_kl = "| | | ", "| | |"
+            if row.faster is not None:
+                beside = f"| {row.beside} | {row.faster:+.1%} | {row.faster_added:+.1%} "
+            if row.faster_kl is not None:
+                beside_kl = f"| {row.beside_kl} | {row.faster_kl:+.1%} |"
             lines.append(
                 f"| {row.name} | {row.avg_weight_bits:.2f} | {row.perplexity:.4f} | {row.mean_kl:.5f} |"
-                f" {row.added_us:.0f} | {row.predicted_us:.0f} | {row.measured_us:.0f} {beside}"
+                f" {row.added_us:.0f} | {row.predicted_us:.0f} | {row.measured_us:.0f} {beside}{beside_kl}"
             )
         lines.append("")
     lines += [
@@ -103,20 +108,28 @@ def markdown(curves: Mapping[str, Sequence[Row]], batches: Mapping[str, int], ex
 
 
 def plot(curves: Mapping[str, Sequence[Row]], batches: Mapping[str, int], exact: float, out: Path) -> None:
-    """Excess perplexity over measured time, a panel a load."""
-    figure = Figure(figsize=(4.6 * len(curves), 4.2), layout="constrained")
-    for axes, (scenario, rows) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
-        for is_mixed, label, style in ((False, "uniform", "s"), (True, "mixed", "o-")):
-            some = sorted((row for row in rows if row.is_mixed == is_mixed), key=lambda row: row.measured_us)
-            excess = [max(row.perplexity / exact - 1, 1e-5) for row in some]
-            axes.plot([row.measured_us for row in some], excess, style, label=label, markersize=6)
-            if not is_mixed:
-                for row, height in zip(some, excess, strict=True):
-                    axes.annotate(
-                        row.name, (row.measured_us, height), fontsize=7, xytext=(4, 3), textcoords="offset points"
-                    )
-        axes.set(yscale="log", title=f"{batches[scenario]} tokens", xlabel="measured launches, us")
-    figure.axes[0].set_ylabel("perplexity above the model's own, relative")
-    figure.axes[0].legend()
+    """KL and excess perplexity over measured time, a column a load."""
+    figure = Figure(figsize=(4.8 * len(curves), 8), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False)
+    for column, (scenario, rows) in enumerate(curves.items()):
+        for line, (name, values) in enumerate((
+            ("KL, nats a token", {row.name: row.mean_kl for row in rows}),
+            ("perplexity above the model's own", {row.name: row.perplexity / exact - 1 for row in rows}),
+        )):  # fmt: skip
+            panel = axes[line, column]
+            for is_mixed, label, style in ((False, "uniform", "s"), (True, "mixed", "o-")):
+                some = sorted((row for row in rows if row.is_mixed == is_mixed), key=lambda row: row.measured_us)
+                at = [(row.measured_us, max(values[row.name], LEAST)) for row in some]
+                panel.plot(*zip(*at, strict=True), style, label=label, markersize=6)
+                for row, place in zip(some, at, strict=True):
+                    panel.annotate(
+                        "" if is_mixed else row.name, place, fontsize=6, rotation=25, xytext=(3, 3),
+                        textcoords="offset points",
+                    )  # fmt: skip
+            panel.set(yscale="log", xlabel="measured launches, us")
+            panel.margins(x=0.15, y=0.12)
+            panel.set_ylabel(name if column == 0 else "")
+        axes[0, column].set_title(f"{batches[scenario]} tokens")
+    axes[0, 0].legend()
     with replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=130)

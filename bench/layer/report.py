@@ -179,38 +179,37 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
         "",
         _table(against_limits(whole), 2),
         "",
-        "## Choices of fusions",
-        "",
-        f"How many times as fast as with {BASE}: route, gather, swiglu and combine. epilogue adds SwiGLU in the first "
-        "GEMM, overlap programmatic dependent launches, all both.",
-        "",
-        *_choice_medians(choices(rows)),
-        "",
-        "## Mixes: one launch against a launch a scheme",
-        "",
-        _table(against_split(whole), 2),
-        "",
-        "## Parts of a layer",
-        "",
-        "Microseconds of each part, by difference: the layer up to it less the layer up to the part before.",
-        "",
-        _table(parts(rows), 1),
-        "",
-        "## Each fusion left out",
-        "",
-        "How many times slower the layer is with one step in torch's operators.",
-        "",
-        _table(fusions(rows), 2),
-        "",
+        *_section(
+            "Choices of fusions",
+            f"How many times as fast as with {BASE}: route, gather, swiglu and combine. epilogue adds SwiGLU in the "
+            "first GEMM, overlap programmatic dependent launches, all both. The median, least and most.",
+            _choice_medians(choices(rows)),
+        ),
+        *_section("Mixes: one launch against a launch a scheme", "Microseconds.", [_table(against_split(whole), 2)]),
+        *_section(
+            "Parts of a layer",
+            "Microseconds of each part, by difference: the layer up to it less the layer up to the part before.",
+            [_table(parts(rows), 1)],
+        ),
+        *_section(
+            "Each fusion left out",
+            "How many times slower the layer is with one step in torch's operators.",
+            [_table(fusions(rows), 2)],
+        ),
         *_failures(rows),
     ]
     return "\n".join(text)
 
 
+def _section(title: str, says: str, lines: list[str]) -> list[str]:
+    """Nothing where nothing of it was measured."""
+    return [f"## {title}", "", says, "", *lines, ""] if any(lines) else []
+
+
 def _choice_medians(table: pd.DataFrame) -> list[str]:
-    """By load and by form of tokens: the median, the least and the most."""
+    """By load and by form of tokens."""
     if table.empty:
-        return ["Nothing was measured."]
+        return []
     table = table.assign(
         load=table["tokens"].map(lambda tokens: "decode" if tokens <= DECODE_TOKENS else "prefill"),
         form=table["allocation"].map(lambda name: "8 bits" if "a8" in name else "bf16"),
@@ -249,7 +248,7 @@ def _speedups(whole: pd.DataFrame) -> list[str]:
 
 def _table(frame: pd.DataFrame, digits: int) -> str:
     if frame.empty:
-        return "Nothing was measured."
+        return ""
     lines = [f"| {' | '.join(map(str, frame.columns))} |", f"|{'---|' * len(frame.columns)}"]
     for row in frame.itertuples(index=False):
         cells = [
