@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernel_gen.experts import Experts
+from kernel_gen.experts import SWIGLU_ROWS, Experts
 from kernel_gen.kernels.spec import can_overlap
 from kernel_gen.layer import plain
 from kernel_gen.layer.fused import MAX_RANKED_IDS, FusedSteps
@@ -71,7 +71,19 @@ class Fusion(enum.Flag):
     EPILOGUE = enum.auto()
     OVERLAP = enum.auto()
     ALL = ROUTE | GATHER | SWIGLU | COMBINE | EPILOGUE | OVERLAP
-    MEASURED_FASTER = ROUTE | GATHER | SWIGLU | COMBINE  # on an H200; the others were not timed yet (docs/layer.md)
+    MEASURED_FASTER = ALL  # on an H200, each alone (docs/layer.md)
+
+
+def default_fusions(gate_up: Experts, kernels: KernelLibrary) -> Fusion:
+    """What was measured faster, without what these weights or this GPU cannot have; nothing from a bundle."""
+    if kernels.bundle is not None:
+        return Fusion.NONE
+    found = Fusion.MEASURED_FASTER
+    if not can_overlap(kernels.gpu.arch):
+        found &= ~Fusion.OVERLAP
+    if gate_up.n % (2 * SWIGLU_ROWS):
+        found &= ~Fusion.EPILOGUE
+    return found
 
 
 class MoELayer(torch.nn.Module):
@@ -82,8 +94,8 @@ class MoELayer(torch.nn.Module):
             is among the fusions, which makes an interleaved copy otherwise.
         down: [E, H, I] weights.
         library: the kernels to choose from; the device's own by default.
-        fusions: what runs as kernels of this project, by default what was measured faster; nothing from a bundle, which
-            has GEMMs only.
+        fusions: what runs as kernels of this project, by default what was measured faster, as far as the GPU and the
+            sizes allow; nothing from a bundle, which has GEMMs only.
 
     Launches depend on shapes alone: no value is read by the host, so a CUDA graph can hold `forward` once it ran
     before. Under torch.compile the layer is one opaque step between compiled parts.
@@ -112,8 +124,7 @@ class MoELayer(torch.nn.Module):
             raise SpecError(f"down: expected both on one CUDA device, got {gate_up.device} and {down.device}")
         self.kernels = library or library_of(gate_up.device.index or 0)
         check_gpu(self.kernels.gpu.arch, gate_up.device)
-        default = Fusion.MEASURED_FASTER if self.kernels.bundle is None else Fusion.NONE
-        self.fusions = default if fusions is None else fusions
+        self.fusions = default_fusions(gate_up, self.kernels) if fusions is None else fusions
         if Fusion.OVERLAP in self.fusions and not can_overlap(self.kernels.gpu.arch):
             raise SpecError(f"fusions: expected no OVERLAP on {self.kernels.gpu.name}: launches overlap from sm_90 on")
         if Fusion.EPILOGUE in self.fusions and Fusion.SWIGLU not in self.fusions:

@@ -114,10 +114,11 @@ def test_only_kernels_that_are_built(monkeypatch) -> None:
 
 def test_launches_share_their_kernels() -> None:
     a, b, c, d = "abcd"
-    assert shared([(a, b, c), (d, b, a), (c, b, d)], 1) == [b]
-    assert shared([(a, b), (c, d)], 1) in ([a, c], [b, d], [a, d], [b, c])
+    assert shared([(a, b, c), (a, c, b)], 1) == [a]
+    assert shared([(a, b), (c, d)], 1) == [a, c]  # the first of each, whatever the others share
     assert shared([(a,), ()], 3) == [a]
-    assert set(shared([(a, b, c, d), (d, c, b, a)], 2)) in ({a, b}, {b, c}, {a, c}, {a, d}, {b, d}, {c, d})
+    assert shared([(a, b, c, d), (a, c, b, d), (a, d, c, b)], 2) == [a, b]
+    assert set(shared([(a, b, c, d), (d, c, b, a)], 2)) == {a, d}
 
 
 def test_a_mix_of_one_scheme_is_none() -> None:
