@@ -30,7 +30,7 @@ MIN_SHARED = 30
 """Launches that a session must share with others before its clock is set by them: the median of so many is known to
 about a fifth of one measurement's noise.
 """
-SAME_KERNEL, MIN_COMPARED = 0.015, 10
+SAME_KERNEL, MIN_COMPARED = 0.015, 5
 """Two sources give the same kernels if half of at least so many launches that both ran differ by less. Same kernels two
 hours apart, H200, 2026-11-24: 0.0067.
 """
@@ -106,8 +106,10 @@ def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
     for each in family[replaced].unique():
         shared = change[replaced & (family == each)].dropna().abs()
         if len(shared) < MIN_COMPARED or shared.median() > SAME_KERNEL:
-            first_new = sessions[was_replaced & ~replaced & (family == each)].min()
-            kept &= (family != each) | ((sessions >= first_new) & ~replaced)
+            # Sources changed last after the last session that has a replaced kernel, unless it has its successor too.
+            last_old = sessions[replaced & (family == each)].max()
+            has_both = bool((was_replaced & ~replaced & (family == each) & (sessions == last_old)).any())
+            kept &= (family != each) | ((sessions >= last_old + (not has_both)) & ~replaced)
     return rows[kept].reset_index(drop=True)
 
 
