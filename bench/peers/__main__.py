@@ -31,7 +31,9 @@ from profiles.schemes import QuantScheme
 if TYPE_CHECKING:
     from bench.peers.measuring import Cell
 
-RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in ("hopper_v2", "mixed_v2"))
+TABLES = ("hopper_v2", "mixed_v2", "decode_v3", "mixed_v3", "mixtral_v3")
+"""Of profiles/data/h200: those that have several configurations of every cell."""
+RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in TABLES)
 OUT = Path("docs/peers")
 MODELS = ("qwen1.5-moe-a2.7b", "mixtral-8x7b", "deepseek-v2-lite", "qwen3-30b-a3b")
 TOKENS = (16, 512, 8192, 1, 128, 2048)
@@ -65,8 +67,8 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
     from bench.peers.measured_report import measured_markdown, of_roofline
     from bench.peers.measuring import measure, read_measured, specs_of
 
-    gpu = check_gpu()
-    cells = _cells(arguments, gpu)
+    listed, gpu = _cells(arguments), check_gpu()
+    cells = _configs(listed, arguments, gpu)
     path, started = arguments.out / "measured.parquet", monotonic_s()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -97,17 +99,17 @@ def build_all(arguments: argparse.Namespace) -> None:
     from bench.peers.measuring import specs_of
 
     gpu = gpus.gpu(H200.gpu)
-    cells = _cells(arguments, gpu)
+    cells = _configs(_cells(arguments), arguments, gpu)
     specs = specs_of(cells, gpu)
     print(f"{len(specs)} kernels, of {len(cells)} cells", file=sys.stderr)
     compile_all(specs, gpu)
 
 
-def _cells(arguments: argparse.Namespace, gpu: GpuSpec) -> dict[Cell, list[KernelConfig]]:
-    """What to measure, with the configurations of ours to try."""
-    from bench.peers.measuring import Cell, our_configs
+def _cells(arguments: argparse.Namespace) -> list[Cell]:
+    """What to measure."""
+    from bench.peers.measuring import Cell
 
-    cells = [
+    return [
         Cell(model=shape.name, linear=linear, tokens=tokens, draw=draw, scheme=scheme)
         for shape in map(model, arguments.models.split(","))
         for linear in Linear
@@ -115,6 +117,12 @@ def _cells(arguments: argparse.Namespace, gpu: GpuSpec) -> dict[Cell, list[Kerne
         for tokens in _tokens(arguments.tokens)
         for draw in _draws(arguments.draws)
     ]
+
+
+def _configs(cells: Sequence[Cell], arguments: argparse.Namespace, gpu: GpuSpec) -> dict[Cell, list[KernelConfig]]:
+    """The configurations of ours to try in each."""
+    from bench.peers.measuring import our_configs
+
     recorded = read_launches(arguments.profiles or RECORDED)
     number, built_only = arguments.configs, arguments.built_only
     return {cell: our_configs(cell, gpu, recorded, number, built_only=built_only) for cell in cells}
@@ -168,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="FILE.parquet",
-        help="recorded launches (default: profiles/data/h200/{hopper_v2,mixed_v2}.parquet)",
+        help=f"recorded launches (default: of profiles/data/h200 {', '.join(TABLES)})",
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where the results go (default: {OUT})")
     what = parser.add_mutually_exclusive_group()

@@ -52,7 +52,7 @@ def _recorded(compared: pd.DataFrame, peers: Mapping[Key, Peer]) -> Iterator[str
             found = found.sort_values(by, key=lambda names: names.map(_scheme_order), kind="stable")
         yield from (f"## Geometric means by {title}, skewed loads", "", *_means_table(found), "")
     yield from ("## Geometric means by load", "")
-    yield "Uniform loads were recorded with the mma family alone; the peers' loads are skewed."
+    yield "The peers' loads are skewed; few cells of theirs were recorded under another load."
     yield from ("", *_means_table(means(compared, "load")), "")
     yield from ("## Cells, skewed loads", "")
     yield "Fraction of the roofline: ours +floor (ours), the peer's and its name, ratio +floor (ratio)."
