@@ -125,8 +125,8 @@ MMA_PICKS = (
     QuickPick(tile_m=128, tile_n=256, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4),
 )
 WGMMA_PICKS = (
-    _wgmma(128, 8, 1, (3,), 8, split_k=4),
-    _wgmma(256, 8, 2, (2,), 8, split_k=2),
+    _wgmma(128, 16, 1, (3,), 8, split_k=4),
+    _wgmma(256, 16, 2, (2,), 6, split_k=2),
     _wgmma(64, 8, 1, (4, 3, 2), 8),
     _wgmma(128, 8, 1, (3, 2), 8),
     _wgmma(192, 8, 1, (3, 2), 8),

@@ -119,6 +119,11 @@ def mbarrier_arrive(barrier):
     _ptx("mbarrier.arrive.shared::cta.b64 _, [{$r0}];", read_only_args=[barrier])
 
 
+def fence_reads():
+    """sm_90: what this thread read of shared memory was read before what it lets bulk copies write there."""
+    _ptx("fence.proxy.async.shared::cta;", read_only_args=[])
+
+
 def mbarrier_arrive_at(barrier, rank):
     """sm_90: the same at the barrier of a CTA of this cluster."""
     _ptx(

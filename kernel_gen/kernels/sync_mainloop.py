@@ -2,7 +2,7 @@
 
 A wgmma of 64 rows takes as long for 8 tokens as for 32, an mma.sync of 8 tokens takes what it multiplies, and warps
 need not wait for each other. The A fragments of both are the same, so packed weights are too. Words and tokens of the
-next k-tile are read into a second set of registers before this one is multiplied; a stage is free once it is read.
+next k-tile are read into a second set of registers before this one is multiplied.
 
 Weights are multiplied as codes, with what lies above them in the mantissa (`Bf16Codes`). A row of ones is multiplied
 beside them: its sums, times what lies above the codes and the zero point, are taken off every two k-tiles, in float32.
@@ -60,24 +60,37 @@ class SyncMainloop(WgmmaMainloop):
         ones = cute.make_rmem_tensor((4, self.token_blocks), Float32)
         consts = self.weights.constants()
         even, odd = self.register_set(), self.register_set()
+        even_stage, odd_stage = stage, stage
         stage, phase = self.read(ring, even, stage, phase, blocks)
         for pair in cutlass.range((k_tiles + 1) // 2, unroll=1):
             whole = pair * 2 + 1 < k_tiles
             if whole:
+                odd_stage = stage
                 stage, phase = self.read(ring, odd, stage, phase, blocks)
             self.multiply_tile(part, ones, consts, even, True)
             factors = self.factors(even, zeros)
             if const_expr(self.ends_each_tile):
                 self.add_part(total, part, ones, factors)
+            self.release_read(ring, even_stage)
             if whole:
                 if pair * 2 + 2 < k_tiles:
+                    even_stage = stage
                     stage, phase = self.read(ring, even, stage, phase, blocks)
                 self.multiply_tile(part, ones, consts, odd, self.ends_each_tile)
                 if const_expr(self.ends_each_tile):
                     self.add_part(total, part, ones, self.factors(odd, zeros))
+                self.release_read(ring, odd_stage)
             if const_expr(self.sums_apart and not self.ends_each_tile):
                 self.add_part(total, part, ones, factors)
         return stage, phase
+
+    @cute.jit
+    def release_read(self, ring, stage):
+        """Release a stage whose words and tokens have been multiplied. An arrival does not wait for loads that were
+        issued before it: released right after its loads, a stage was now and then written over before they were served.
+        """
+        ptx.fence_reads()
+        self.release(ring, stage)
 
     def sums(self, mma, kind):
         """Registers for the tile's sums, numbered as a wgmma's."""
@@ -93,7 +106,7 @@ class SyncMainloop(WgmmaMainloop):
 
     @cute.jit
     def read(self, ring, registers, stage, phase, blocks):
-        """Wait for a stage, read it, release it. Returns the ring's next stage and phase."""
+        """Wait for a stage and read it. Returns the ring's next stage and phase."""
         start, arrays, _ = ring
         words, tokens, strips = registers
         group, warp, lane = blocks
@@ -115,7 +128,6 @@ class SyncMainloop(WgmmaMainloop):
                 got = ptx.ldmatrix_x4(at_x + n * (TOKENS * TOKEN_ROW_BYTES) + (chunk ^ (half * 64)))
                 for i in cutlass.range_constexpr(4):
                     tokens[4 * half + i, n] = got[i]
-        self.release(ring, stage)
         return self.advance(ring, stage, phase)
 
     @cute.jit

@@ -115,7 +115,7 @@ class WgmmaMainloop:
         return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_m, self.tile_n)), kind)
 
     def numbered(self, sums):
-        """The same registers, numbered ((token, row half, block of 8 tokens), unit, 0), also where there is one block."""
+        """The same registers, numbered ((token, row half, 8-token block), unit, 0), one block or more."""
         return cute.make_tensor(sums.iterator, cute.make_layout(((2, 2, self.tile_n // 8), self.m_units, 1)))
 
     def atoms(self, mma):
