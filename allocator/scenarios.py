@@ -15,6 +15,7 @@ from costmodel.model_file import FittedModel
 from costmodel.pricing import cost_table
 from costmodel.table import CostTable, PricedLaunch
 from kernel_gen.legality import estimated_facts, reasons
+from kernel_gen.select import table_size
 from kernel_gen.space import Effort, candidates
 from profiles import kernels
 from profiles.errors import DataError, SpecError
@@ -165,10 +166,10 @@ def predicted_table(
     Raises:
         SpecError: no scheme has a kernel there.
     """
-    launches = []
+    launches, size = [], table_size(shape.num_experts)
     for scheme in schemes:
-        for config in candidates((scheme,), gpu, effort, max_experts=max(shape.num_experts, 1)):
-            facts = estimated_facts(config, (scheme,), gpu, max_experts=shape.num_experts)
+        for config in candidates((scheme,), gpu, effort, max_experts=size):
+            facts = estimated_facts(config, (scheme,), gpu, max_experts=size)
             if facts.ctas_per_sm < 1:
                 continue
             for scenario, load in loads.items():
@@ -198,7 +199,7 @@ def learned_table(
     Raises:
         SpecError: no scheme has a kernel there.
     """
-    gpu, size = find_gpu(fitted.gpu), max(shape.num_experts, 1)
+    gpu, size = find_gpu(fitted.gpu), table_size(shape.num_experts)
     configs = {}
     for scheme in schemes:
         seen = [kernels.parse(name) for name in fitted.configs.get(scheme.name, ())]

@@ -28,8 +28,10 @@ from allocator.tune import main
 from allocator.verify import Verification
 from costmodel import shipped
 from costmodel.table import CostTable
+from kernel_gen.legality import reasons
+from kernel_gen.select import table_size
 from kernel_gen.space import Effort, candidates
-from profiles import schemes
+from profiles import kernels, schemes
 from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu
 from profiles.kernels import GemmShape
@@ -327,6 +329,17 @@ def test_a_learned_table_has_every_linear_and_follows_what_was_measured() -> Non
     assert row["latency_us"] <= least * (1 + 1e-6)  # a study finds nothing faster for one scheme than the table has
     with pytest.raises(SpecError, match="none of w4a4_g128_sym has a kernel for h200"):
         learned_table(shipped.fitted(h200), QWEN, loads, [schemes.parse("w4a4_g128_sym")])
+
+
+def test_tables_name_kernels_that_a_study_can_build() -> None:
+    """Kernels are built for tables of at least 256 experts, which few experts' largest tiles do not leave room for."""
+    few, h200 = model("mixtral-8x7b"), gpu("h200")
+    loads = {"prefill": typical_load({0: TokenLoad(tokens_per_expert=(5,) * 8, source="t")}, few, 4096, "prefill")}
+    some = tuple(map(schemes.parse, ("w16a16", "w8a8_g-1_sym")))
+    for table in (learned_table(shipped.fitted(h200), few, loads, some), predicted_table(h200, few, loads, some)):
+        for row in table.frame().itertuples():
+            size = table_size(few.num_experts)
+            assert reasons(kernels.parse(row.config), (schemes.parse(row.scheme),), h200, max_experts=size) == ()
 
 
 def test_a_stage_is_found_by_content(tmp_path: Path) -> None:
