@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from enum import Enum
 
 from costmodel.analytic import launch_latencies
 from costmodel.facts import BuildFacts
@@ -23,6 +24,7 @@ from kernel_gen.sweeping.progress import Phase, phase
 from profiles.gpus import GpuSpec
 from profiles.kernels import KernelConfig
 from profiles.loads import TokenLoad
+from profiles.records import Status
 from profiles.schemes import QuantScheme
 
 TRIES = 7
@@ -75,11 +77,20 @@ def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[Kern
         found.append(wanted.most_common(1)[0][0])
 
 
-@functools.cache
-def is_built(spec: KernelSpec, gpu: GpuSpec) -> bool:
-    """Whether the cache has the kernel, and it may run."""
+class Standing(Enum):
+    """What the cache knows of a kernel."""
+
+    UNKNOWN = "not compiled yet"
+    MAY_RUN = "passed the gate"
+    REFUSED = "refused by the gate"
+
+
+def standing(spec: KernelSpec, gpu: GpuSpec) -> Standing:
+    """Of one kernel."""
     artifact = KernelCache(root=default_cache_dir()).get(spec)
-    return artifact is not None and not rejections(artifact.code, spec, gpu)
+    if artifact is None:
+        return Standing.UNKNOWN
+    return Standing.REFUSED if rejections(artifact.code, spec, gpu) else Standing.MAY_RUN
 
 
 def progress(num_kernels: int) -> AbstractContextManager[Phase]:
@@ -87,6 +98,7 @@ def progress(num_kernels: int) -> AbstractContextManager[Phase]:
     return phase("compiling", num_kernels, live=True)
 
 
-def compile_all(specs: Sequence[KernelSpec], gpu: GpuSpec) -> None:
-    """Compiles what the cache lacks, with progress."""
-    compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=progress)
+def compile_all(specs: Sequence[KernelSpec], gpu: GpuSpec) -> int:
+    """Compiles what the cache lacks, with progress; how many could not be compiled."""
+    gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=progress)
+    return sum(kernel.status is not Status.REJECTED for kernel in gated.refused)

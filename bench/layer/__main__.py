@@ -10,10 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.kernel_sets import compile_all
 from bench.layer import plot, report
 from bench.layer.allocations import ALLOCATIONS, allocation
-from bench.layer.building import Plan, build_steps, specs_needed, steps_needed
+from bench.layer.building import Plan, build_gemms, build_steps, steps_needed
 from bench.layer.cells import Cell
 from bench.layer.contenders import FUSIONS
 from bench.layer.measuring import Measured, measure, read_measured
@@ -35,10 +34,9 @@ BUILT_FOR = "h200"
 def build_all(arguments: argparse.Namespace) -> None:
     """Compiles what the cache lacks of the kernels that `--measure` with the same options runs."""
     plan = _plan(arguments, gpus.gpu(arguments.gpu))
-    steps, gemms = steps_needed(plan), specs_needed(plan)
-    print(f"{len(gemms)} GEMM kernels and {len(steps)} others, of {len(plan.cells)} cells", file=sys.stderr)
+    steps = steps_needed(plan)
     build_steps(steps)
-    compile_all(gemms, plan.gpu)
+    print(f"{len(build_gemms(plan))} GEMM kernels and {len(steps)} others, of {len(plan.cells)} cells", file=sys.stderr)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:

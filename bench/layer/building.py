@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.kernel_sets import is_built, ranked, shared
+from bench.kernel_sets import Standing, compile_all, ranked, shared, standing
 from bench.layer.allocations import BF16, Allocation, Group
 from bench.layer.cells import Cell
 from kernel_gen.cache import default_cache_dir
@@ -91,15 +91,16 @@ def configs_of(plan: Plan, gemm: GemmId) -> tuple[KernelConfig, ...]:
 
 @functools.cache
 def _choices(plan: Plan) -> dict[GemmId, tuple[KernelConfig, ...]]:
-    """Launches that may share kernels, those of the same schemes and options, choose together."""
+    """Launches that may share kernels, those of the same schemes and options, choose together, among those that the
+    gate is not known to refuse.
+    """
     groups: dict[tuple[frozenset[QuantScheme], bool], dict[GemmId, tuple[KernelConfig, ...]]] = {}
     for cell in plan.cells:
         for allocation in plan.of(cell):
             for gemm, schemes, counts in launches_of(allocation, cell):
                 fused = Fusion.EPILOGUE in plan.fusions[0] and gemm.linear is Linear.GATE_UP
                 ranking = ranked(schemes, *cell.shape.gemm(gemm.linear), counts, plan.gpu)
-                if plan.built_only:
-                    ranking = tuple(each for each in ranking if _is_built(plan, gemm, schemes, each))
+                ranking = tuple(each for each in ranking if _may_run(plan, gemm, schemes, each))
                 groups.setdefault((frozenset(schemes), fused), {})[gemm] = ranking[: 2 * plan.num_configs]
     found: dict[GemmId, tuple[KernelConfig, ...]] = {}
     for rankings in groups.values():
@@ -146,8 +147,9 @@ def _specs(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: Ker
         )
 
 
-def _is_built(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: KernelConfig) -> bool:
-    return all(is_built(spec, plan.gpu) for spec in _specs(plan, gemm, schemes, config))
+def _may_run(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: KernelConfig) -> bool:
+    known = {standing(spec, plan.gpu) for spec in _specs(plan, gemm, schemes, config)}
+    return known == {Standing.MAY_RUN} if plan.built_only else Standing.REFUSED not in known
 
 
 def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool]]:
@@ -155,6 +157,18 @@ def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool]]:
     first, is_first_linear = plan.fusions[0], gemm.linear is Linear.GATE_UP
     fusions = plan.every_fusion if gemm.share is None else (first, first & ~Fusion.OVERLAP)
     return {(Fusion.EPILOGUE in each and is_first_linear, Fusion.OVERLAP in each) for each in fusions}
+
+
+def build_gemms(plan: Plan) -> list[KernelSpec]:
+    """Compiles the plan's GEMMs until every launch has as many that the gate passes as it can have; what those are."""
+    while True:
+        specs = specs_needed(plan)
+        if all(standing(spec, plan.gpu) is not Standing.UNKNOWN for spec in specs):
+            return specs
+        failed = compile_all(specs, plan.gpu)
+        if failed:
+            return specs  # the compiler cannot make them now; the run says which it lacks
+        _choices.cache_clear()
 
 
 def steps_needed(plan: Plan) -> list[StepSpec]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bench.kernel_sets import progress
-from bench.layer.building import Plan, build_steps, load_steps, specs_needed, steps_needed
+from bench.layer.building import Plan, build_gemms, build_steps, load_steps, steps_needed
 from bench.layer.measuring import FAILURES, Device
 from bench.layer.tuning import TunedLibrary
 from kernel_gen.library import library_of
@@ -34,7 +34,7 @@ def open_device(plan: Plan, folder: Path) -> Device:
     else:
         versions["triton"] = triton.__version__
         failures += (triton.TritonError,)
-    kernels = TunedLibrary.build(specs_needed(plan), plan.gpu, folder, track=progress)
+    kernels = TunedLibrary.build(build_gemms(plan), plan.gpu, folder, track=progress)
     kernels.add_steps(load_steps(build_steps(steps_needed(plan)), folder))
     return Device(
         gpu=plan.gpu,

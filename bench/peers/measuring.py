@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from bench.kernel_sets import TRIES, is_built, ranked
+from bench.kernel_sets import TRIES, Standing, ranked, standing
 from bench.peers.contenders import OURS, Contender, Entry, Kernels, contenders
 from bench.peers.recorded import roofline_bar
 from bench.peers.roofline import Roofline, roofline
@@ -135,7 +135,7 @@ def our_configs(
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(by_model, _recorded_winners(cell, recorded)))
     configs = [kernels.parse(name) for name in dict.fromkeys(name for name in in_turn if name)]
     if built_only:
-        configs = [config for config in configs if is_built(_spec(cell, config, gpu), gpu)]
+        configs = [config for config in configs if standing(_spec(cell, config, gpu), gpu) is Standing.MAY_RUN]
     return configs[:number]
 
 

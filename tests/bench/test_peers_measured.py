@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.kernel_sets import Standing
 from bench.peers.__main__ import main
 from bench.peers.published import Peer
 from bench.peers.recorded import read_launches
@@ -181,7 +182,10 @@ def test_configurations_come_from_the_model_and_from_recordings(
     assert len(set(names)) == 4
     other = [config.name for config in our_configs(cell("w4a16_g128_sym"), gpu("h200"), recorded, 4)]
     assert len(set(other)) == 4
-    monkeypatch.setattr("bench.peers.measuring.is_built", lambda spec, gpu: spec.config.name in other[1:3])
+    known = dict.fromkeys(other[1:3], Standing.MAY_RUN)
+    monkeypatch.setattr(
+        "bench.peers.measuring.standing", lambda spec, gpu: known.get(spec.config.name, Standing.REFUSED)
+    )
     built = our_configs(cell("w4a16_g128_sym"), gpu("h200"), recorded, 4, built_only=True)
     assert {config.name for config in built} == set(other[1:3])
 
