@@ -57,7 +57,7 @@ def poisoned(num_tokens: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return whole, whole[GUARD_ROWS : GUARD_ROWS + num_tokens]
 
 
-def run(kernel: Kernel, case: Case) -> str | None:
+def run(kernel: Kernel, case: Case, repeats: int = 3) -> str | None:
     """None if the launch is right, bit-identical when repeated and stays inside its output; else what is wrong."""
     generator = torch.Generator("cuda").manual_seed(case.seed)
     per_expert = [schemes.parse(name) for name in case.scheme_names]
@@ -78,7 +78,7 @@ def run(kernel: Kernel, case: Case) -> str | None:
         return problem
     if not (whole[:GUARD_ROWS].isnan().all() and whole[GUARD_ROWS + len(x) :].isnan().all()):
         return "the launch wrote outside its output"
-    for _ in range(3):
+    for _ in range(repeats):
         if not torch.equal(kernel(x, experts, offsets, poisoned(len(x), case.n)[1]), first):
             return "a repeated launch gave other bits"
     return None
