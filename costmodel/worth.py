@@ -16,10 +16,9 @@ from costmodel.guide import Belief, Guide, best_rows
 
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.intp]
-REACH_OVER_OWN_PICKS = 1.3
-"""How much further than its draws say the interval of a gain over the model's own picks reaches, from what it expects:
-where the model errs, its picks do too. By replay of 62 questions on an H200's tables (2026-11-24); 1 is enough for the
-analytic core's picks.
+REACH = 1.15
+"""How much further than its draws say a gain's interval reaches, from what is expected: the error field's scales are of
+other launches than those asked about. By replay of 258 questions on two of an H200's tables (2026-11-24).
 """
 _MOST_REHEARSING = 150
 """Launches: enough for what they share; hundreds more would take minutes to rehearse."""
@@ -52,10 +51,8 @@ def core_picks(guide: Guide) -> Codes:
     return best_rows(core_us, guide.candidates.launches)
 
 
-def gain_over(
-    guide: Guide, belief: Belief, default: Codes, *, confidence: float = 0.9, reach: float = 1.0, seed: int = 0
-) -> Gain:
-    """The gain of the best candidates over `default` (a row of each launch, [L]); the interval reaches `reach` times as
+def gain_over(guide: Guide, belief: Belief, default: Codes, *, confidence: float = 0.9, seed: int = 0) -> Gain:
+    """The gain of the best candidates over `default` (a row of each launch, [L]); its interval reaches `REACH` times as
     far from the expected gain as the draws of it.
 
     It is what an exhaustive search would gain; guided measuring ends within its goal of that.
@@ -77,7 +74,7 @@ def gain_over(
     means = means + luck * np.random.default_rng(seed).standard_normal(len(means))
     tail = (1.0 - confidence) / 2.0
     expected = float(gains.mean())
-    low, high = expected + reach * (np.quantile(means, [tail, 1.0 - tail]) - expected)
+    low, high = expected + REACH * (np.quantile(means, [tail, 1.0 - tail]) - expected)
     return Gain(expected=expected, low=max(0.0, float(low)), high=float(high), confidence=confidence)
 
 

@@ -16,7 +16,7 @@ from costmodel.groups import HeldOut, group_labels, launch_ids
 from costmodel.guide import Guide, best_rows
 from costmodel.model import LatencyModel
 from costmodel.recorded import candidates_of, with_choice
-from costmodel.worth import REACH_OVER_OWN_PICKS, core_picks, gain_over
+from costmodel.worth import core_picks, gain_over
 
 MIN_LAUNCHES = 6
 """A question of so many launches is asked: of one model and one scheme (or mix)."""
@@ -68,12 +68,8 @@ def _answers(guide: Guide, y: npt.NDArray[np.float64]) -> dict[str, tuple[float,
     belief = guide.believe(np.zeros(len(y), dtype=np.bool_), np.full(len(y), np.nan))
     best = y[best_rows(y, guide.candidates.launches)]
     found = {}
-    defaults = {
-        "the analytic model's pick": (core_picks(guide), 1.0),
-        "the fitted model's pick": (belief.chosen, REACH_OVER_OWN_PICKS),
-    }
-    for name, (default, reach) in defaults.items():
-        gain = gain_over(guide, belief, default, reach=reach)
+    for name, default in (("the analytic model's pick", core_picks(guide)), ("the fitted model's pick", belief.chosen)):
+        gain = gain_over(guide, belief, default)
         realised = float((1.0 - best / y[default]).mean())
         found[name] = (gain.expected, gain.low, gain.high, gain.confidence, realised)
     return found

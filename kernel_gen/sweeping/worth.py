@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from costmodel.guide import Guide
-from costmodel.worth import REACH_OVER_OWN_PICKS, Effort, Gain, core_picks, gain_over, rehearse
+from costmodel.worth import Effort, Gain, core_picks, gain_over, rehearse
 from kernel_gen.sweeping.choices import Choices
 from kernel_gen.sweeping.guided import Guidance
 from kernel_gen.sweeping.plan import Cell, SweepRequest
@@ -58,9 +58,7 @@ def worth(request: SweepRequest, cells: Sequence[Cell], guidance: Guidance) -> W
         num_candidates=len(choices),
         goal=guidance.goal,
         over_default=gain_over(guide, belief, core_picks(guide)),
-        over_model=None
-        if guidance.base is None
-        else gain_over(guide, belief, belief.chosen, reach=REACH_OVER_OWN_PICKS),
+        over_model=None if guidance.base is None else gain_over(guide, belief, belief.chosen),
         guided=rehearse(guide, goal=guidance.goal, max_measurements=guidance.max_measurements or len(choices)),
         exhaustive=Effort(num_measurements=len(every), seconds=guide.costs.of(guide.candidates, every, none)),
     )
