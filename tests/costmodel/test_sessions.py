@@ -96,6 +96,16 @@ def test_all_of_the_session_with_the_new_sources_stays(once: pd.DataFrame, again
     assert len(kept) == len(unheard_of) + len(new)
 
 
+def test_of_three_generations_only_the_last_stays(once: pd.DataFrame, again: pd.DataFrame) -> None:
+    """Also where the last did not measure a kernel again that the second had measured."""
+    half = len(once) // 2
+    first, second = _slower(once, 1.5), _slower(again, 1.2).assign(kernel_fingerprint="second")
+    third = once.iloc[:half].assign(kernel_fingerprint="third", timestamp="2026-01-03T00:00:00+00:00")
+    kept = of_present_kernels(_both(first, second, third))
+    assert set(kept["kernel_fingerprint"]) == {"third"}
+    assert len(kept) == half
+
+
 def test_two_builds_of_one_session_replace_nothing(once: pd.DataFrame) -> None:
     builds = once.assign(kernel_fingerprint=["for 64 experts", "for 256 experts"] * (len(once) // 2))
     assert len(of_present_kernels(builds)) == len(builds)
