@@ -33,8 +33,9 @@ CALM_RATIO, CALM_WAIT_S, CALM_STEP_S = 1.03, 0.06, 0.004
 calm GPU: the power cap lowers the clock for some milliseconds after a launch that needed much.
 """
 FLUSH_BYTES = 256 << 20
-"""Read between launches that are timed one by one: more than any GPU's L2 holds. Were it written, the launch would have
-to write L2's lines back: 10 us of 109 for a stream of 430 MB on an H200 (2026-11-24).
+"""Read between launches that are timed one by one: more than any GPU's L2 holds. Written instead, it leaves L2 full of
+lines to write back while the launch reads; launches alone then took 10 us longer than in a row (109 us against 99 on an
+H200, 2026-11-24), which the cost of a replay does not explain.
 """
 _REFERENCE_SIZE = (
     4096  # a bf16 GEMM of this side: 0.2 ms on an H200, 0.9 ms on an RTX 4090; long enough to feel the power cap
