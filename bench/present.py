@@ -1,4 +1,6 @@
-"""The present tables: launches measured on one H200 with the present kernels, and the latency model fitted on them."""
+"""The tables that allocation benches read, so that their figures stay comparable: launches of one H200, 2026-11-24 at
+11:30, and the latency model fitted on them.
+"""
 
 from __future__ import annotations
 

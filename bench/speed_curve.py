@@ -34,6 +34,7 @@ from bench.evaluate import add_model_options, open_evaluator, write_text
 from bench.mixed_evidence import QUANTIZER
 from bench.present import MIXED, UNIFORM, latency_model
 from bench.speed_report import Row, compared, markdown, plot
+from costmodel import shipped
 from costmodel.model_file import FittedModel
 from costmodel.table import CostTable
 from profiles import schemes
@@ -214,13 +215,15 @@ def _predicted(
     load: TokenLoad,
     trace: Mapping[int, TokenLoad],
 ) -> dict[str, float]:
-    """By name, all launches as the latency model has them, each with the best of its ranked configurations."""
+    """By name, all launches as the model of the launches that come with bitile has them, each with the best of its
+    ranked configurations.
+    """
     schemes_used = list(dict.fromkeys(s for one in allocations.values() for s in one.assignment.values()))
     losses = Sensitivity.from_losses(
         {(block, s): 1.0 for block in next(iter(allocations.values())).assignment for s in schemes_used},
         model=shape.name, metric="none", data="none", num_samples=1, seed=0,
     )  # fmt: skip
-    evidence = Evidence(gpu=gpu("h200"), loads={scenario: load}, latency_model=latency_model())
+    evidence = Evidence(gpu=gpu("h200"), loads={scenario: load}, latency_model=shipped.fitted(gpu("h200")))
     experts = {layer: by_share(of_layer) for layer, of_layer in trace.items()}
     evaluator = Evaluator.of(problem_of(losses, shape, Budget(avg_weight_bits=17.0), evidence, experts=experts))
     found = {}
@@ -263,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[UNIFORM, MIXED],
         metavar="FILE",
-        help="what the latency model learns from (default: the present tables)",
+        help="what the latency model learns from (default: the tables of bench.present)",
     )
     add("--loads", default=LOADS, metavar="A=TOKENS", help="(default: %(default)s)")
     add("--uniform", default=UNIFORM_SCHEMES, metavar="A,B", help="schemes (default: %(default)s)")
