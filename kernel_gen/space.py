@@ -81,7 +81,6 @@ class QuickPick:
     raster: Raster = Raster.ALONG_TOKENS
     family: Family = Family.MMA
     beside_wgmma: bool = False
-    cluster: int = 1
     tails: tuple[int, ...] = (0,)
     split_k: int = 1
 
@@ -93,7 +92,6 @@ def _wgmma(
     ctas_per_sm: tuple[int, ...],
     max_stages: int,
     *,
-    cluster: int = 1,
     tail: int = 0,
     split_k: int = 1,
 ) -> QuickPick:
@@ -105,7 +103,6 @@ def _wgmma(
         warps_m=4 * warpgroups,
         ctas_per_sm=ctas_per_sm,
         max_stages=max_stages,
-        cluster=cluster,
         tails=(tail, 0) if tail else (0,),
         split_k=split_k,
     )
@@ -146,7 +143,7 @@ WGMMA_PICKS = (
     _wgmma(128, 192, 2, (1,), 5, tail=48),
     _wgmma(256, 128, 2, (1,), 4),
     _wgmma(256, 128, 2, (1,), 5, tail=32),
-    _wgmma(128, 256, 2, (1,), 5, cluster=2, tail=64),
+    _wgmma(128, 256, 2, (1,), 5, tail=64),
     _wgmma(256, 160, 2, (1,), 4),
 )
 """Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing: so split-K of 16-bit
@@ -331,7 +328,6 @@ def _members(pick: QuickPick) -> Iterator[KernelConfig]:
                 stages,
                 pick.raster,
                 ctas,
-                cluster=pick.cluster,
                 tail=tail,
                 split_k=pick.split_k,
             )

@@ -62,8 +62,8 @@ def test_quick_takes_the_most_stages_that_fit() -> None:
             at_most = next(
                 pick.max_stages
                 for pick in quick_picks(gpu("h200"))
-                if (pick.family, pick.tile_m, pick.tile_n, pick.warps_m, pick.cluster, pick.split_k)
-                == (config.family, config.tile.m, config.tile.n, config.warps.m, config.cluster, config.split_k)
+                if (pick.family, pick.tile_m, pick.tile_n, pick.warps_m, pick.split_k)
+                == (config.family, config.tile.m, config.tile.n, config.warps.m, config.split_k)
                 and config.tail in pick.tails
             )
             assert config.num_stages == at_most or any("smem" in why for why in reasons(more, [scheme], gpu("h200")))
