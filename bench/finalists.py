@@ -1,8 +1,8 @@
 """Finalists of a known model's shapes, for a GPU to measure: `python -m bench.finalists --out DIR`.
 
-Losses are those of `bench.study`, latencies those of the model fitted on the tables of bench.present: what `allocator.latency`
-then measures tells how far a predicted allocation is from a measured one. DIR gets finalists.json, trace.json and
-predicted.json.
+Losses are those of `bench.study`, latencies those of the model fitted on the tables of bench.present: what
+`allocator.latency` then measures tells how far a predicted allocation is from a measured one. DIR gets finalists.json,
+trace.json and predicted.json.
 """
 
 from __future__ import annotations
