@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
@@ -105,7 +106,8 @@ def run(
     _enqueue(study, solver, settings)
     while (done := num_done(study)) < settings.num_trials:
         running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        with warnings.catch_warnings():
+        # Two workers may take one waiting trial at the same moment: who is done with it second is told so, and goes on.
+        with warnings.catch_warnings(), suppress(UpdateFinishedTrialError):
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.sampler = _sampler(study, np.random.default_rng([settings.seed, done, running]))
             study.optimize(

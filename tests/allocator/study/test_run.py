@@ -108,6 +108,23 @@ def test_an_interrupted_study_goes_on_as_if_it_had_not_been(tmp_path, monkeypatc
         assert found == trace(study)
 
 
+def test_a_trial_that_another_worker_finished_is_let_go(monkeypatch):
+    """Optuna's storages may give one waiting trial to two workers at the same moment."""
+    finished = []
+    tell = optuna.storages.InMemoryStorage.set_trial_state_values
+
+    def meddled(self, trial_id, state, values=None):
+        if state is TrialState.COMPLETE and len(finished) < 2:
+            finished.append(trial_id)
+            tell(self, trial_id, state, values)  # the other worker
+        return tell(self, trial_id, state, values)
+
+    monkeypatch.setattr(optuna.storages.InMemoryStorage, "set_trial_state_values", meddled)
+    study = run.run(an_evaluator(), settings(8))
+    assert len(finished) == 2
+    assert run.num_done(study) == 8
+
+
 def test_other_inputs_are_another_study(tmp_path):
     with open_storage(f"sqlite:///{tmp_path / 'study.db'}") as storage:
         names = {
