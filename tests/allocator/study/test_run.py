@@ -164,8 +164,9 @@ def test_a_latency_limit_is_a_constraint_on_launches():
         run.run(free, settings(3, goal))
 
 
-@pytest.mark.parametrize("goal", [PRODUCT, Goal(loss_weight=0.4), Goal(objective=Objective.LOSS)])
-@pytest.mark.parametrize("num_trials", [2, 6])
+@pytest.mark.parametrize(
+    ("goal", "num_trials"), [(PRODUCT, 6), (Goal(loss_weight=0.4), 2), (Goal(objective=Objective.LOSS), 3)]
+)
 def test_a_study_is_never_worse_than_the_sequential_pipeline(goal, num_trials):
     """On the same number of trials as that has prices of latency, however few."""
     limit = None if goal.objective is not Objective.LOSS else 1.3 * an_evaluator().fastest_uniform_us["decode"]
