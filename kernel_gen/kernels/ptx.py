@@ -125,10 +125,12 @@ def fence_reads():
 
 
 def mbarrier_arrive_at(barrier, rank):
-    """sm_90: the same at the barrier of a CTA of this cluster."""
+    """sm_90: the same at the barrier of a CTA of this cluster. Nothing was written that the other CTA would read: release
+    at the scope of the cluster would be a memory barrier each time.
+    """
     _ptx(
         "{.reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}",
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}",
         read_only_args=[barrier, rank],
     )
 
