@@ -42,6 +42,15 @@ X_K_MULTIPLE = {
 """Activations are padded with zeros along K to a multiple of this: bf16 rows to the 16 bytes of a cp.async, others to
 the k-tile."""
 
+ACTIVATION_ARGUMENT = {
+    ActivationKind.BF16: 0,
+    ActivationKind.INT8: 1,
+    ActivationKind.E4M3: 3,
+    ActivationKind.INT4: 5,
+    ActivationKind.INT4_GROUP: 5,
+}
+"""Where a form's address stands among the seven that kernels take; its scales' address follows it (bf16 has none)."""
+
 
 class CodeForm(Enum):
     """How a code u in [0, 2^b) of an integer scheme is written, with q = u - 2^(b-1)."""

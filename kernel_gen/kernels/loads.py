@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from kernel_gen.kernels import ptx
-from kernel_gen.layouts import STRIP_BYTES, ActivationKind
+from kernel_gen.layouts import ACTIVATION_ARGUMENT, STRIP_BYTES, ActivationKind
 
 # The load cursor: Int32 words ...
 TILE, SLOT, K_LEFT, STAGE, PHASE, W_LEFT, X_ROWS_LEFT, X_BYTES_LEFT, S_LEFT = range(9)
@@ -18,15 +18,6 @@ NUM_WORDS = 9
 # ... and Int64 addresses, this thread's own.
 WEIGHTS, TOKENS, SCALES, ZEROS, TOKEN_SCALES = range(5)
 NUM_ADDRESSES = 5
-
-ACTIVATION_ARGUMENT = {
-    ActivationKind.BF16: 0,
-    ActivationKind.INT8: 1,
-    ActivationKind.E4M3: 3,
-    ActivationKind.INT4: 5,
-    ActivationKind.INT4_GROUP: 5,
-}
-"""Where an activation's address stands among the entry's seven; its scales' address follows it (bf16 has none)."""
 
 
 class StageLoader:

@@ -15,7 +15,6 @@ from kernel_gen import smem
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.epilogue import Epilogue
 from kernel_gen.kernels.loads import (
-    ACTIVATION_ARGUMENT,
     K_LEFT,
     NUM_ADDRESSES,
     NUM_WORDS,
@@ -28,7 +27,7 @@ from kernel_gen.kernels.mainloop import Mainloop
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
 from kernel_gen.kernels.swiglu_epilogue import SwigluEpilogue
-from kernel_gen.layouts import STRIP_BYTES, ActivationKind, layout_of
+from kernel_gen.layouts import ACTIVATION_ARGUMENT, STRIP_BYTES, ActivationKind, layout_of
 
 
 class Slot:
@@ -86,7 +85,8 @@ class MmaKernel:
         grid: Int32,
         stream: cuda.CUstream,
     ):
-        self.kernel(y, offsets, plan, weights, x_bf16, x_int8, sx_int8, x_e4m3, sx_e4m3, x_int4, sx_int4, k).launch(
+        activations = (x_bf16, x_int8, sx_int8, x_e4m3, sx_e4m3, x_int4, sx_int4)
+        self.kernel(y, offsets, plan, weights, activations, k).launch(
             grid=(grid, 1, 1),
             block=(self.num_threads, 1, 1),
             smem=self.smem_bytes,
@@ -103,13 +103,7 @@ class MmaKernel:
         offsets: cute.Tensor,
         plan: cute.Tensor,
         weights: cute.Tensor,
-        x_bf16: Int64,
-        x_int8: Int64,
-        sx_int8: Int64,
-        x_e4m3: Int64,
-        sx_e4m3: Int64,
-        x_int4: Int64,
-        sx_int4: Int64,
+        activations: tuple,
         k: Int32,
     ):
         tid, _, _ = cute.arch.thread_idx()
@@ -119,7 +113,6 @@ class MmaKernel:
         warp = cute.arch.make_warp_uniform(tid // 32)
         warp_m = warp % self.warps_m
         warp_n = warp // self.warps_m
-        activations = (x_bf16, x_int8, sx_int8, x_e4m3, sx_e4m3, x_int4, sx_int4)
         num_tokens = cute.size(y, mode=[0])
         num_features = cute.size(y, mode=[1])
         num_rows = num_features * self.rows_per_feature

@@ -125,8 +125,8 @@ def fence_reads():
 
 
 def mbarrier_arrive_at(barrier, rank):
-    """sm_90: the same at the barrier of a CTA of this cluster. Nothing was written that the other CTA would read: release
-    at the scope of the cluster would be a memory barrier each time.
+    """sm_90: the same at the barrier of a CTA of this cluster. Nothing was written that the other CTA would read:
+    release at the scope of the cluster would be a memory barrier each time.
     """
     _ptx(
         "{.reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; "

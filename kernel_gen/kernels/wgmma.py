@@ -14,7 +14,6 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from kernel_gen import smem_wgmma
-from kernel_gen.kernels.loads import ACTIVATION_ARGUMENT
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
 from kernel_gen.kernels.split_k import ClusterSum
@@ -23,7 +22,7 @@ from kernel_gen.kernels.sync_mainloop import SyncMainloop
 from kernel_gen.kernels.wgmma_epilogue import WgmmaEpilogue
 from kernel_gen.kernels.wgmma_mainloop import CODE_TYPE, WgmmaMainloop
 from kernel_gen.kernels.wgmma_producer import Producer
-from kernel_gen.layouts import ActivationKind, layout_of
+from kernel_gen.layouts import ACTIVATION_ARGUMENT, ActivationKind, layout_of
 
 
 class Slot:

@@ -12,7 +12,6 @@ from torch import Tensor
 from kernel_gen.experts import Experts
 from kernel_gen.kernels.spec import can_overlap
 from kernel_gen.kernels.steps.spec import (
-    ACTIVATION_ARGUMENT,
     CHUNK,
     FORMAT_CODE,
     MAX_EXPERTS,
@@ -22,7 +21,7 @@ from kernel_gen.kernels.steps.spec import (
 )
 from kernel_gen.layer.routing import Routing
 from kernel_gen.layer.step_specs import StepSpecs
-from kernel_gen.layouts import X_K_MULTIPLE, ActivationKind, activation_kind, round_up
+from kernel_gen.layouts import ACTIVATION_ARGUMENT, X_K_MULTIPLE, ActivationKind, activation_kind, round_up
 from kernel_gen.library import KernelLibrary
 from kernel_gen.runtime import Activations
 from profiles.errors import SpecError, UnsupportedError

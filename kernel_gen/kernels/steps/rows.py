@@ -10,8 +10,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from kernel_gen.kernels.steps import ptx
-from kernel_gen.kernels.steps.spec import ACTIVATION_ARGUMENT, FORMAT_CODE, VECTOR
-from kernel_gen.layouts import X_K_MULTIPLE, ActivationKind
+from kernel_gen.kernels.steps.spec import FORMAT_CODE, VECTOR
+from kernel_gen.layouts import ACTIVATION_ARGUMENT, X_K_MULTIPLE, ActivationKind
 
 LIMIT = {
     ActivationKind.INT8: 127.0,

@@ -19,14 +19,6 @@ VECTOR = 8
 """bf16 values a thread loads at once, 16 bytes."""
 CHUNK = 1024
 """Expert ids that one CTA of `count` and `place` takes."""
-ACTIVATION_ARGUMENT = {
-    ActivationKind.BF16: 0,
-    ActivationKind.INT8: 1,
-    ActivationKind.E4M3: 3,
-    ActivationKind.INT4: 5,
-    ActivationKind.INT4_GROUP: 5,
-}
-"""Where a form's address stands among seven; its scales' address follows it (bf16 has none)."""
 FORMAT_CODE = {kind: code for code, kind in enumerate(ActivationKind)}
 """A form in a table of formats, int32 an expert: the low byte is the first GEMM's, the next the second's."""
 
