@@ -12,7 +12,7 @@ import io
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,25 +62,30 @@ def compile_kernel(spec: KernelSpec, out_dir: Path) -> Artifact:
     """Compile `spec` and write `{spec.name}.o` into `out_dir`, an existing folder. CompileError when the compiler
     refuses it.
     """
-    started = monotonic_s()
-    with _inspected(spec) as (compiled, code):
+    with tempfile.TemporaryDirectory(prefix=".dump-", dir=out_dir) as scratch:
+        started = monotonic_s()
+        compiled, log = _compile_with_log(spec, scratch)
         object_path = out_dir / f"{spec.name}.o"
         compiled.export_to_c(str(object_path), function_name=spec.name)
         seconds = monotonic_s() - started
+        code = _inspected(compiled, spec, scratch, log)
     return Artifact(spec=spec, object_path=object_path, code=code, compile_seconds=seconds)
 
 
-@contextlib.contextmanager
-def _inspected(spec: KernelSpec) -> Iterator[tuple[Any, CodeFacts]]:
-    """The compiler's function and what its machine code shows."""
-    with tempfile.TemporaryDirectory(prefix="bitile-kernel-") as scratch:
-        # Only wgmma can be serialised behind our back, and asking for ptxas's log compiles the kernel twice.
-        with_log = spec.config.family is Family.WGMMA
-        with contextlib.redirect_stderr(io.StringIO()) as log:
-            compiled = _compile(spec, f"--keep-cubin --dump-dir {scratch}" + (" remarks{ptx}" if with_log else ""))
-        cubin = Path(scratch, f"{spec.name}.cubin")
-        cubin.write_bytes(compiled.__cubin__)
-        yield compiled, inspect_cubin(cubin, arch=spec.arch, ptxas_log=log.getvalue())
+def _compile_with_log(spec: KernelSpec, scratch: str) -> tuple[Any, str]:
+    """The compiler's function, and what ptxas said."""
+    # Only wgmma can be serialised behind our back, and asking for ptxas's log compiles the kernel twice.
+    with_log = spec.config.family is Family.WGMMA
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        compiled = _compile(spec, f"--keep-cubin --dump-dir {scratch}" + (" remarks{ptx}" if with_log else ""))
+    return compiled, log.getvalue()
+
+
+def _inspected(compiled: Any, spec: KernelSpec, scratch: str, log: str) -> CodeFacts:
+    """What the machine code shows."""
+    cubin = Path(scratch, f"{spec.name}.cubin")
+    cubin.write_bytes(compiled.__cubin__)
+    return inspect_cubin(cubin, arch=spec.arch, ptxas_log=log)
 
 
 def inspect_step(spec: StepSpec) -> CodeFacts:
@@ -104,10 +109,12 @@ def load_gated(spec: KernelSpec, gpu: GpuSpec) -> tuple[Callable[..., None], Bui
     any.
     """
     started = monotonic_s()
-    with _inspected(spec) as (compiled, code):
-        if found := rejections(code, spec, gpu):
-            raise UnsupportedError(spec.label, found)
-        return compiled, build_facts(code, spec, gpu, compile_seconds=monotonic_s() - started)
+    with tempfile.TemporaryDirectory(prefix="bitile-kernel-") as scratch:
+        compiled, log = _compile_with_log(spec, scratch)
+        code = _inspected(compiled, spec, scratch, log)
+    if found := rejections(code, spec, gpu):
+        raise UnsupportedError(spec.label, found)
+    return compiled, build_facts(code, spec, gpu, compile_seconds=monotonic_s() - started)
 
 
 def load_in_process(spec: KernelSpec | StepSpec) -> Callable[..., None]:
