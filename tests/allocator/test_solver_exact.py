@@ -29,7 +29,9 @@ def test_equals_milp(kind: str, blocks: int, schemes: int, scenarios: int) -> No
 @pytest.mark.parametrize("scenarios", [0, 1, 2])
 def test_equals_milp_at_a_layer_s_size(blocks: int, scenarios: int) -> None:
     instance = hard("real", blocks=blocks, schemes=8, scenarios=scenarios, seed=blocks)
-    assert solve_arrays(**instance.arguments()).loss == pytest.approx(by_milp(instance), rel=1e-9)
+    solution = solve_arrays(**instance.arguments())
+    assert instance.holds(solution.assignment, rel=1e-11)
+    assert solution.loss == pytest.approx(by_milp(instance), rel=1e-8)  # HiGHS has been 1.5e-9 above
 
 
 def test_identical_blocks_share_the_budget() -> None:
