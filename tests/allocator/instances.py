@@ -78,8 +78,8 @@ def brute_force(instance: Instance) -> float:
 
 
 def by_milp(instance: Instance, seconds: float = 60.0) -> float:
-    """The optimum by HiGHS on the plain formulation, with losses of some hundreds: HiGHS ends at an absolute gap of 1e-6
-    too, which is nothing to them.
+    """The optimum by HiGHS on the plain formulation, with losses of some hundreds: HiGHS ends at an absolute gap of
+    1e-6 too, which is nothing to them.
     """
     scale = 1000.0 / max(float(np.abs(instance.loss).max()), 1e-300)
     blocks, schemes = instance.loss.shape
