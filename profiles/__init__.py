@@ -12,5 +12,6 @@ Nothing here needs torch, CUTLASS or a GPU. Every other package imports this one
 | `models` | shapes of MoE models, by name or from a Hugging Face `config.json` |
 | `loads` | how many tokens each expert gets |
 | `records`, `store` | one measurement, and the Parquet table of them |
+| `parquet_file` | reading any Parquet file, verified |
 | `places` | where profiles that come with the package are, and the cache |
 """

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from profiles.atomic import replacing
 from profiles.errors import DataError
+from profiles.parquet_file import read_verified
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +41,11 @@ class TableKind:
     def read(self, path: Path) -> pd.DataFrame:
         """A file's rows, not yet checked. DataError: missing, truncated, foreign, or of another schema version."""
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read().replace_schema_metadata(None)  # pandas' notes in it may be damaged
-            table.validate(full=True)
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file") from None
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{path}: not a readable Parquet file, truncated or foreign ({reason})") from error
+            table = read_verified(path)
+        except DataError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise DataError(f"{path}: no such file") from None
+            raise
         if {"schema_version", self.own} <= set(table.column_names):
             for version in table.column("schema_version").unique().to_pylist():
                 if version != self.version:

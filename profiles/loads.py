@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
+from profiles.parquet_file import read_verified
 
 TRACE_SCHEMA = pa.schema([("layer", pa.int32()), ("tokens_per_expert", pa.list_(pa.int32()))])
 FloatArray = npt.NDArray[np.float64]
@@ -251,14 +252,7 @@ def _read_json_trace(file: Path) -> Iterable[tuple[object, object]]:
 
 
 def _read_parquet_trace(file: Path) -> Iterable[tuple[object, object]]:
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
-            table = opened.read()
-        table.validate(full=True)
-        names = table.column_names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{file}: not a readable Parquet file, truncated or foreign ({reason})") from error
-    if not set(TRACE_SCHEMA.names) <= set(names):
+    table = read_verified(file)
+    if not set(TRACE_SCHEMA.names) <= set(table.column_names):
         raise DataError(f"{file}: not a trace; the columns {' and '.join(TRACE_SCHEMA.names)} are needed")
     return zip(*(table.column(name).to_pylist() for name in TRACE_SCHEMA.names), strict=True)

@@ -20,6 +20,7 @@ from profiles import kernels, schemes
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError
 from profiles.gpus import gpu as find_gpu
+from profiles.parquet_file import read_verified
 from profiles.records import SCHEMA_VERSION, SEPARATOR, Source, Status, candidate_digest
 
 SCHEMA = pa.schema(
@@ -74,14 +75,8 @@ def read_parquet(path: Path) -> pa.Table:
     Raises:
         DataError: unreadable, truncated, foreign, or of another schema version.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-        table.validate(full=True)
-        names = table.column_names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a readable Parquet file, truncated or foreign ({reason})") from error
+    table = read_verified(path)
+    names = table.column_names
     if "schema_version" in names:
         for version in table.column("schema_version").unique().to_pylist():
             if version != SCHEMA_VERSION:
