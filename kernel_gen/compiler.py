@@ -81,7 +81,7 @@ def _compile_with_log(spec: KernelSpec, scratch: str) -> tuple[Any, str]:
     return compiled, log.getvalue()
 
 
-def _inspected(compiled: Any, spec: KernelSpec, scratch: str, log: str) -> CodeFacts:
+def _inspected(compiled: Any, spec: KernelSpec | StepSpec, scratch: str, log: str = "") -> CodeFacts:
     """What the machine code shows."""
     cubin = Path(scratch, f"{spec.name}.cubin")
     cubin.write_bytes(compiled.__cubin__)
@@ -91,10 +91,7 @@ def _inspected(compiled: Any, spec: KernelSpec, scratch: str, log: str) -> CodeF
 def inspect_step(spec: StepSpec) -> CodeFacts:
     """Compile a step and read its machine code. CompileError when the compiler refuses it."""
     with tempfile.TemporaryDirectory(prefix="bitile-step-") as scratch:
-        compiled = _compile(spec, f"--keep-cubin --dump-dir {scratch}")
-        cubin = Path(scratch, f"{spec.name}.cubin")
-        cubin.write_bytes(compiled.__cubin__)
-        return inspect_cubin(cubin, arch=spec.arch)
+        return _inspected(_compile(spec, f"--keep-cubin --dump-dir {scratch}"), spec, scratch)
 
 
 def export_step(spec: StepSpec, path: Path) -> None:

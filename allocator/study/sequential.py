@@ -51,23 +51,32 @@ def one_pass(solver: SetSolver, goal: Goal) -> Judged | None:
     Where its launches then take more than the limits, its value is inf. Raises InfeasibleError: no assignment holds the
     limits' shares.
     """
-    evaluator, problem = solver.evaluator, solver.evaluator.problem
+    problem = solver.evaluator.problem
     if goal.objective is Objective.LOSS:
         found = solver.within(problem.budget.max_latency_us)
         return _as_launches(solver, goal, found, dict.fromkeys(problem.scenarios, 0.0))
-    r = goal.loss_weight
+    price = corner_price(solver, goal.loss_weight)
+    return swept(solver, goal, [dict.fromkeys(problem.scenarios, price)])
+
+
+def corner_price(solver: SetSolver, r: float) -> float:
+    """What latency weighs where loss^r * latency^(1-r) of the additive problem is least; as much as it may where loss
+    weighs nothing. Raises InfeasibleError: no assignment holds the bits.
+    """
+    evaluator, problem, table = solver.evaluator, solver.evaluator.problem, solver.table
     corner = solve_product(
-        solver.table.loss,
+        table.loss,
         problem.bits,
-        latency_us=solver.table.relative_latency.sum(axis=2),
+        latency_us=table.relative_latency.sum(axis=2),
         loss_weight=r,
         avg_bits=problem.bits_limit,
         sizes=problem.sizes,
         effort=INNER_EFFORT,
     )
-    loss = float(solver.table.loss[np.arange(len(problem.ids)), corner.solution.assignment].sum())
-    price = (1 - r) / r * loss / corner.latency_us / evaluator.reference_loss if r > 0 else LATENCY_WEIGHTS[1]
-    return swept(solver, goal, [dict.fromkeys(problem.scenarios, price)])
+    if r == 0:
+        return LATENCY_WEIGHTS[1]
+    loss = float(table.loss[np.arange(len(problem.ids)), corner.solution.assignment].sum())
+    return (1 - r) / r * loss / corner.latency_us / evaluator.reference_loss
 
 
 def prices_of(evaluator: Evaluator, goal: Goal, number: int) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from allocator.arrays import InfeasibleError, solve_arrays
-from allocator.front import pareto_front, solve_product
+from allocator.front import pareto_front
 from allocator.study import sequential
 from allocator.study.evaluate import INNER_EFFORT
 from allocator.study.menu import Choice
@@ -112,22 +112,12 @@ def near_corner(solver: SetSolver, r: float) -> dict[str, Choice]:
 
 
 def _corner_price(solver: SetSolver, r: float) -> float | None:
-    """What latency weighs where loss^r * latency^(1-r) of the additive problem is least; None: no such corner."""
-    evaluator, problem, table = solver.evaluator, solver.evaluator.problem, solver.table
+    """`sequential.corner_price` for r between 0 and 1; None: no such corner."""
     try:
-        corner = solve_product(
-            table.loss,
-            problem.bits,
-            latency_us=table.relative_latency.sum(axis=2),
-            loss_weight=r,
-            avg_bits=problem.bits_limit,
-            sizes=problem.sizes,
-            effort=INNER_EFFORT,
-        )
+        price = sequential.corner_price(solver, r)
     except InfeasibleError:
         return None
-    loss = float(table.loss[np.arange(len(problem.ids)), corner.solution.assignment].sum())
-    return (1 - r) / r * loss / corner.latency_us / evaluator.reference_loss if loss > 0 else None
+    return price if price > 0 else None  # a loss of 0 has none
 
 
 def breakpoints(solver: SetSolver) -> dict[str, Choice]:
