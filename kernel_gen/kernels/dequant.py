@@ -128,7 +128,6 @@ class Bf16Codes(Bf16Weights):
     def __init__(self, num_bits: int, zero_points: bool, unit_bytes: int) -> None:
         super().__init__(num_bits, False, False, unit_bytes)
         self.tile_words = 16 if num_bits == 16 else self.words
-        self.has_zeros = zero_points
         self.has_offsets = num_bits <= 4 or zero_points
         self.units = (1, 4 if num_bits <= 3 else 1)
 

@@ -10,13 +10,12 @@ beside them: its sums, times what lies above the codes and the zero point, are t
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from kernel_gen.kernels import ptx
 from kernel_gen.kernels.dequant import Bf16Codes
 from kernel_gen.kernels.split_k import k_part
 from kernel_gen.kernels.wgmma_mainloop import K_STEPS, WgmmaMainloop
-from kernel_gen.layouts import STRIP_BYTES
 from kernel_gen.smem_wgmma import TOKEN_ROW_BYTES
 from profiles.gpus import Math
 
@@ -43,7 +42,7 @@ class SyncMainloop(WgmmaMainloop):
         total.fill(0.0)
         ring = (start, arrays, num_stages)
         blocks = (tid // 128 - 1, (tid // 32) % 4, tid % 32)
-        zeros = self.channel_zeros(feature_tile, index, slot_at, units, blocks)
+        zeros = self.tile_zeros(feature_tile, index, slot_at, units, blocks)
         _, k_tiles = k_part(self.facts, k, part, self.split_k)
         if const_expr(self.split_k == 1):
             stage, phase = self.multiply_all(ring, total, zeros, k_tiles, stage, phase, blocks)
@@ -53,7 +52,7 @@ class SyncMainloop(WgmmaMainloop):
 
     @cute.jit
     def multiply_all(self, ring, total, zeros, k_tiles, stage, phase, blocks):
-        """total += weights x tokens; the k-tile after next is read as this one is multiplied."""
+        """total += weights x tokens; the next k-tile is read before this one is multiplied."""
         part = total
         if const_expr(self.sums_apart):
             part = self.sums(None, Float32)
@@ -179,19 +178,11 @@ class SyncMainloop(WgmmaMainloop):
                         value = value - offset * ones[i % 2, n]
                     total[at] = total[at] + (value if scale is None else value * scale)
 
-    def channel_zeros(self, feature_tile, index, slot_at, units, blocks):
-        """Zero points per channel, float32, of rows g and g + 8 of each unit, from global memory; else None."""
-        group, warp, lane = blocks
-        out = []
-        for m in range(self.m_units):
-            pair = (None, None)
-            if self.facts.has_zero_points and not self.facts.has_group_scales:
-                block = feature_tile * (self.tile_m // 16) + (m * self.groups + group) * 4 + warp
-                block = cutlass.min(block, units * 4 - 1)
-                strip = ptx.ldg64(slot_at + 16) + Int64(index) * units * STRIP_BYTES
-                pair = halves(ptx.ldg32(strip + block * 32 + (lane // 4) * 4))
-            out.append(pair)
-        return out
+    def tile_zeros(self, feature_tile, index, slot_at, units, blocks):
+        """Zero points per channel, float32, of rows g and g + 8 of each unit; None where there are none."""
+        if not self.facts.has_zero_points or self.facts.has_group_scales:
+            return [(None, None)] * self.m_units
+        return [halves(self.channel_zeros(m, feature_tile, index, slot_at, units, blocks)) for m in range(self.m_units)]
 
 
 def halves(pair):

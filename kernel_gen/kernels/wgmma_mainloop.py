@@ -345,18 +345,22 @@ class WgmmaMainloop:
         """Biases that hold for a whole tile: zero points per channel from global memory, or the symmetric schemes'
         constant.
         """
-        group, warp, lane = blocks
         _, _, _, biases, consts = state
         for m in cutlass.range_constexpr(self.m_units):
             pair = None
             if const_expr(self.facts.has_zero_points):
-                block = feature_tile * (self.tile_m // 16) + (m * self.groups + group) * 4 + warp
-                block = cutlass.min(block, units * 4 - 1)
-                strip = ptx.ldg64(slot_at + 16) + Int64(index) * units * STRIP_BYTES
-                pair = ptx.ldg32(strip + block * 32 + (lane // 4) * 4)
+                pair = self.channel_zeros(m, feature_tile, index, slot_at, units, blocks)
             bias = self.weights.bias(pair, consts)
             biases[0, m] = bias[0]
             biases[1, m] = bias[1]
+
+    def channel_zeros(self, m, feature_tile, index, slot_at, units, blocks):
+        """Zero points per channel of rows g and g + 8 of a unit, a bf16 pair, from global memory."""
+        group, warp, lane = blocks
+        block = feature_tile * (self.tile_m // 16) + (m * self.groups + group) * 4 + warp
+        block = cutlass.min(block, units * 4 - 1)
+        strip = ptx.ldg64(slot_at + 16) + Int64(index) * units * STRIP_BYTES
+        return ptx.ldg32(strip + block * 32 + (lane // 4) * 4)
 
     def row_scales(self, at_s, blocks):
         """Float32 scales of rows g and g + 8 of each unit in this group."""
