@@ -51,10 +51,10 @@ class Candidate:
     config: KernelConfig
 
     def spec(self, gpu: GpuSpec) -> KernelSpec:
-        """The kernel that it runs."""
-        return KernelSpec(
-            config=self.config, schemes=self.workload.slots, arch=gpu.arch, max_experts=self.workload.max_experts
-        )
+        """The kernel that it runs: one for a set of schemes, in whatever order experts have them."""
+        work = self.workload
+        slots = tuple(sorted(work.slots, key=lambda scheme: scheme.name))
+        return KernelSpec(config=self.config, schemes=slots, arch=gpu.arch, max_experts=work.max_experts)
 
     def launch(self, facts: BuildFacts) -> Launch:
         """The launch as the analytic model takes it."""

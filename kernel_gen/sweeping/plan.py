@@ -5,6 +5,7 @@ ranked by the analytic model.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -27,7 +28,7 @@ from profiles.schemes import KERNEL_SCHEMES, QuantScheme
 
 LINEARS = ("gate_up", "down", "shared_gate_up", "shared_down")
 DEFAULT_LINEARS = LINEARS[:2]
-LOADS_PER_WORKLOAD = 4
+LOADS_PER_WORKLOAD = 3
 """Of cells that are drawn by lot."""
 DEFAULT_TOKENS = {
     Effort.QUICK: (1, 16, 64, 256, 1024, 4096),
@@ -161,16 +162,29 @@ def plan(request: SweepRequest) -> list[Cell]:
 def _drawn(
     asked: Sequence[tuple[Workload, Sequence[LoadCase]]], number: int, rng: np.random.Generator
 ) -> list[tuple[Workload, Sequence[LoadCase]]]:
-    """The first workloads, with a few of their loads each, by lot: a few, since what is prepared for a workload serves
-    all of its loads, and many alike would say little.
+    """Workloads with a few of their loads each, by lot: a few, since what is prepared for a workload serves all of its
+    loads, and many alike would say little. The schemes, linears, batch sizes and kinds of loads that came least often
+    come next, so that wherever a sweep stops it has about as much of each. Fewer cells are the first ones of more.
     """
     drawn: list[tuple[Workload, Sequence[LoadCase]]] = []
-    for workload, cases in asked:
-        if number <= 0:
-            break
-        some = sorted(rng.permutation(len(cases))[: min(LOADS_PER_WORKLOAD, number)].tolist())
-        drawn.append((workload, [cases[index] for index in some]))
-        number -= len(some)
+    of_scheme, of_linear = Counter[str](), Counter[tuple[str, str]]()
+    of_tokens, of_kind = Counter[int](), Counter[str]()
+    left = list(asked)
+    while left and number > 0:
+        rarity = [of_scheme[work.label] + of_linear[work.model, work.linear] for work, _ in left]
+        work, cases = left.pop(rarity.index(min(rarity)))
+        of_scheme[work.label] += 1
+        of_linear[work.model, work.linear] += 1
+        some = [cases[index] for index in rng.permutation(len(cases))]
+        picked: list[LoadCase] = []
+        while some and len(picked) < min(LOADS_PER_WORKLOAD, number):
+            rarest = min(some, key=lambda case: (of_tokens[case.tokens], of_kind[case.kind]))
+            some.remove(rarest)
+            of_tokens[rarest.tokens] += 1
+            of_kind[rarest.kind] += 1
+            picked.append(rarest)
+        drawn.append((work, sorted(picked, key=cases.index)))
+        number -= len(picked)
     return drawn
 
 

@@ -88,7 +88,10 @@ def test_drawn_cells_are_some_of_all_a_few_loads_a_workload() -> None:
     drawn = plan(dataclasses.replace(asked, num_cells=10))
     assert len(drawn) == 10
     assert all(cell in every for cell in drawn)
-    assert [len(list(cells)) for _, cells in itertools.groupby(drawn, key=lambda cell: cell.workload)] == [4, 4, 2]
+    assert [len(list(cells)) for _, cells in itertools.groupby(drawn, key=lambda cell: cell.workload)] == [3, 3, 3, 1]
+    assert {cell.workload.label for cell in drawn} == {scheme.name for scheme in asked.schemes}
+    assert {cell.case.tokens for cell in drawn} == {1, 16, 64, 256}
+    assert plan(dataclasses.replace(asked, num_cells=4)) == drawn[:4]
     assert plan(dataclasses.replace(asked, num_cells=10)) == drawn
     assert plan(dataclasses.replace(asked, num_cells=10, seed=4)) != drawn
-    assert len(plan(dataclasses.replace(asked, num_cells=1000))) == 6 * 4
+    assert len(plan(dataclasses.replace(asked, num_cells=1000))) == 6 * 3
