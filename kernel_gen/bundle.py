@@ -31,7 +31,7 @@ from profiles.records import Status
 FORMAT = "bitile-bundle"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-OPTIONS = ("swiglu", "overlap")
+OPTIONS = ("swiglu", "overlap", "prefetch")
 """Of a KernelSpec; a manifest names those that are on."""
 KERNELS_PER_LIBRARY = 512
 """About 20 MB: a quick build is one library, a full one some dozens, of which a process loads those it calls."""

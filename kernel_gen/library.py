@@ -42,10 +42,12 @@ class KernelLibrary:
         self._loaded: dict[KernelSpec, Kernel] = {}
         self._refused: dict[KernelSpec, tuple[str, ...]] = {}
         self._steps: dict[StepSpec, Callable[..., None]] = {}
-        self._best_of: weakref.WeakKeyDictionary[Experts, dict[tuple[int, bool, bool], Kernel]] = (
+        self._best_of: weakref.WeakKeyDictionary[Experts, dict[tuple[int, bool, bool, bool], Kernel]] = (
             weakref.WeakKeyDictionary()
         )
-        self._fitting_of: dict[tuple[frozenset[QuantScheme], int, bool, bool], dict[KernelConfig, KernelSpec]] = {}
+        self._fitting_of: dict[
+            tuple[frozenset[QuantScheme], int, bool, bool, bool], dict[KernelConfig, KernelSpec]
+        ] = {}
 
     @classmethod
     def build(cls, specs: Sequence[KernelSpec], gpu: GpuSpec, folder: Path, *, track: Track | None = None) -> Self:
@@ -58,7 +60,15 @@ class KernelLibrary:
         gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=track or silent)
         return cls(gpu, write_bundle(folder, gpu, gated.kept, gated.refused))
 
-    def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
+    def best(
+        self,
+        experts: Experts,
+        num_rows: int,
+        *,
+        swiglu: bool = False,
+        overlap: bool = False,
+        prefetch: bool = False,
+    ) -> Kernel:
         """The kernel that the latency model ranks first for these experts and so many rows of X, of the bundle's if
         there is one. SpecError where the bundle has none for them.
 
@@ -66,22 +76,22 @@ class KernelLibrary:
         longer than a launch.
         """
         known = self._best_of.setdefault(experts, {})
-        key = (rounded_rows(num_rows), swiglu, overlap)
+        key = (rounded_rows(num_rows), swiglu, overlap, prefetch)
         if key not in known:
-            known[key] = self._find(experts, num_rows, swiglu=swiglu, overlap=overlap)
+            known[key] = self._find(experts, num_rows, swiglu=swiglu, overlap=overlap, prefetch=prefetch)
         return known[key]
 
-    def _find(self, experts: Experts, num_rows: int, *, swiglu: bool, overlap: bool) -> Kernel:
+    def _find(self, experts: Experts, num_rows: int, *, swiglu: bool, overlap: bool, prefetch: bool) -> Kernel:
         per_expert, n, k, size = experts.scheme_of_expert, experts.n, experts.k, table_size(experts.num_experts)
         if self.bundle is None:
             refused: set[KernelConfig] = set()
             while True:  # until `choose` has none left and says why
                 config = choose(per_expert, n, k, num_rows, self.gpu, without=frozenset(refused))
                 try:
-                    return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap)
+                    return self.kernel(config, experts.schemes, size, swiglu=swiglu, overlap=overlap, prefetch=prefetch)
                 except UnsupportedError:  # legal by estimate, refused by the gate
                     refused.add(config)
-        fitting = self._fitting(frozenset(experts.schemes), size, swiglu, overlap)
+        fitting = self._fitting(frozenset(experts.schemes), size, swiglu, overlap, prefetch)
         return self._kernel(fitting[choose(per_expert, n, k, num_rows, self.gpu, among=tuple(fitting))])
 
     def kernel(
@@ -92,6 +102,7 @@ class KernelLibrary:
         *,
         swiglu: bool = False,
         overlap: bool = False,
+        prefetch: bool = False,
     ) -> Kernel:
         """A certain kernel. UnsupportedError if the bundle lacks it, or the gate refuses what was compiled, with its
         reasons.
@@ -103,6 +114,7 @@ class KernelLibrary:
             max_experts=max_experts,
             swiglu=swiglu,
             overlap=overlap,
+            prefetch=prefetch,
         )
         return self._kernel(_by_name(spec))
 
@@ -113,13 +125,13 @@ class KernelLibrary:
         return self._loaded[spec]
 
     def _fitting(
-        self, schemes: frozenset[QuantScheme], size: int, swiglu: bool, overlap: bool
+        self, schemes: frozenset[QuantScheme], size: int, swiglu: bool, overlap: bool, prefetch: bool
     ) -> dict[KernelConfig, KernelSpec]:
         """The bundle's kernels that run these schemes in one launch, by configuration; of two the one with fewer slots
         and a smaller table.
         """
         assert self.bundle is not None
-        key = (schemes, size, swiglu, overlap)
+        key = (schemes, size, swiglu, overlap, prefetch)
         if key not in self._fitting_of:
             specs = [built.spec for built in self.bundle.kernels]
             fits = [
@@ -127,11 +139,12 @@ class KernelLibrary:
                 for spec in specs
                 if schemes <= set(spec.schemes)
                 and size <= spec.max_experts
-                and (spec.swiglu, spec.overlap) == (swiglu, overlap)
+                and (spec.swiglu, spec.overlap, spec.prefetch) == (swiglu, overlap, prefetch)
             ]
             if not fits:
                 kernels = sorted({"+".join(scheme.name for scheme in spec.schemes) for spec in specs})
-                wanted = "+".join(sorted(scheme.name for scheme in schemes)) + "/swiglu" * swiglu + "/overlap" * overlap
+                wanted = "+".join(sorted(scheme.name for scheme in schemes))
+                wanted += "/swiglu" * swiglu + "/overlap" * overlap + "/prefetch" * prefetch
                 raise SpecError(
                     f"experts: expected schemes that a kernel of the bundle {self.bundle.path} has "
                     f"({', '.join(kernels)}), got {wanted} with a table of {size} experts"

@@ -60,7 +60,8 @@ class Fusion(enum.Flag):
     GEMM's output to the second's input, quantised on the way. COMBINE: back to tokens, times the router's weights. For
     few tokens ROUTE and GATHER together are one launch. EPILOGUE: SwiGLU in the first GEMM itself; SWIGLU then only
     quantises, where the second GEMM reads 8 bits or fewer. OVERLAP: each kernel is launched while the one before it
-    ends, from sm_90 on.
+    ends, from sm_90 on. PREFETCH, beside OVERLAP: the second GEMM lists its tiles and asks for its first weights before
+    it waits for the kernel ahead.
     """
 
     NONE = 0
@@ -70,7 +71,8 @@ class Fusion(enum.Flag):
     COMBINE = enum.auto()
     EPILOGUE = enum.auto()
     OVERLAP = enum.auto()
-    ALL = ROUTE | GATHER | SWIGLU | COMBINE | EPILOGUE | OVERLAP
+    PREFETCH = enum.auto()
+    ALL = ROUTE | GATHER | SWIGLU | COMBINE | EPILOGUE | OVERLAP | PREFETCH
     MEASURED_FASTER = ALL  # on an H200, each alone (docs/layer.md)
 
 
@@ -80,7 +82,7 @@ def default_fusions(gate_up: Experts, kernels: KernelLibrary) -> Fusion:
         return Fusion.NONE
     found = Fusion.MEASURED_FASTER
     if not can_overlap(kernels.gpu.arch):
-        found &= ~Fusion.OVERLAP
+        found &= ~(Fusion.OVERLAP | Fusion.PREFETCH)
     if gate_up.n % (2 * SWIGLU_ROWS):
         found &= ~Fusion.EPILOGUE
     return found
@@ -127,6 +129,8 @@ class MoELayer(torch.nn.Module):
         self.fusions = default_fusions(gate_up, self.kernels) if fusions is None else fusions
         if Fusion.OVERLAP in self.fusions and not can_overlap(self.kernels.gpu.arch):
             raise SpecError(f"fusions: expected no OVERLAP on {self.kernels.gpu.name}: launches overlap from sm_90 on")
+        if Fusion.PREFETCH in self.fusions and Fusion.OVERLAP not in self.fusions:
+            raise SpecError("fusions: expected OVERLAP beside PREFETCH: without it nothing runs ahead of a launch")
         if Fusion.EPILOGUE in self.fusions and Fusion.SWIGLU not in self.fusions:
             raise SpecError("fusions: expected SWIGLU beside EPILOGUE, which quantises what the epilogue leaves")
         if Fusion.EPILOGUE not in self.fusions and gate_up.is_interleaved:
@@ -152,7 +156,9 @@ class MoELayer(torch.nn.Module):
             return hidden.new_zeros(len(hidden), self.down.n)
         routing, x = self._dispatch(hidden, expert_ids)
         product = self._product(routing, x)
-        kernel = self.kernels.best(self.down, product.num_tokens, overlap=self._overlap)
+        kernel = self.kernels.best(
+            self.down, product.num_tokens, overlap=self._overlap, prefetch=Fusion.PREFETCH in self.fusions
+        )
         y = kernel(product, self.down, routing.offsets)
         if fused := self._uses(Fusion.COMBINE):
             return fused.combine(y, routing, expert_weights)

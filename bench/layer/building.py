@@ -35,6 +35,9 @@ FEW_STEPS = 40
 STEPS = Fusion.ROUTE | Fusion.GATHER | Fusion.SWIGLU | Fusion.COMBINE
 """Everything around the GEMMs, and the GEMMs as they are."""
 
+NEEDED_BY = {Fusion.SWIGLU: Fusion.EPILOGUE, Fusion.OVERLAP: Fusion.PREFETCH}
+"""A fusion, and the one that cannot be without it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -68,10 +71,8 @@ def is_mix(allocation: Allocation, cell: Cell) -> bool:
 
 
 def left_out(fusions: Fusion) -> tuple[Fusion, ...]:
-    """These fusions without each of them. What an epilogue leaves has to be quantised by SWIGLU."""
-    return tuple(
-        fusions & ~(one | Fusion.EPILOGUE if one is Fusion.SWIGLU else one) for one in Fusion if one in fusions
-    )
+    """These fusions without each of them and what needs it."""
+    return tuple(fusions & ~(one | NEEDED_BY.get(one, Fusion.NONE)) for one in Fusion if one in fusions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +142,15 @@ def _specs(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: Ker
     """A launch's kernels in one configuration."""
     slots = tuple(sorted(set(schemes), key=lambda scheme: scheme.name))
     size = table_size(gemm.cell.shape.num_experts)
-    for swiglu, overlap in _options(plan, gemm):
+    for swiglu, overlap, prefetch in _options(plan, gemm):
         yield KernelSpec(
-            config=config, schemes=slots, arch=plan.gpu.arch, max_experts=size, swiglu=swiglu, overlap=overlap
+            config=config,
+            schemes=slots,
+            arch=plan.gpu.arch,
+            max_experts=size,
+            swiglu=swiglu,
+            overlap=overlap,
+            prefetch=prefetch,
         )
 
 
@@ -152,11 +159,14 @@ def _may_run(plan: Plan, gemm: GemmId, schemes: Sequence[QuantScheme], config: K
     return known == {Standing.MAY_RUN} if plan.built_only else Standing.REFUSED not in known
 
 
-def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool]]:
-    """(swiglu, overlap) of a launch's kernels. A launch on a stream of its own does not overlap otherwise."""
-    first, is_first_linear = plan.fusions[0], gemm.linear is Linear.GATE_UP
-    fusions = plan.every_fusion if gemm.share is None else (first, first & ~Fusion.OVERLAP)
-    return {(Fusion.EPILOGUE in each and is_first_linear, Fusion.OVERLAP in each) for each in fusions}
+def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool, bool]]:
+    """(swiglu, overlap, prefetch) of a launch's kernels. A launch on a stream of its own does not overlap otherwise."""
+    first, is_first = plan.fusions[0], gemm.linear is Linear.GATE_UP
+    fusions = plan.every_fusion if gemm.share is None else (first, first & ~(Fusion.OVERLAP | Fusion.PREFETCH))
+    return {
+        (Fusion.EPILOGUE in each and is_first, Fusion.OVERLAP in each, Fusion.PREFETCH in each and not is_first)
+        for each in fusions
+    }
 
 
 def build_gemms(plan: Plan) -> list[KernelSpec]:

@@ -36,8 +36,9 @@ class Variant(Enum):
 
 FUSIONS = {
     "four": Fusion.ROUTE | Fusion.GATHER | Fusion.SWIGLU | Fusion.COMBINE,
-    "epilogue": Fusion.ALL & ~Fusion.OVERLAP,
-    "overlap": Fusion.ALL & ~Fusion.EPILOGUE,
+    "epilogue": Fusion.ALL & ~(Fusion.OVERLAP | Fusion.PREFETCH),
+    "overlap": Fusion.ALL & ~(Fusion.EPILOGUE | Fusion.PREFETCH),
+    "both": Fusion.ALL & ~Fusion.PREFETCH,
     "all": Fusion.ALL,
 }
 """Ways to run our layer that are compared, by name."""
@@ -96,6 +97,11 @@ class Context:
     def overlap(self) -> bool:
         """Whether the first of the plan's fusions overlaps launches."""
         return Fusion.OVERLAP in self.plan.fusions[0]
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether in the first of the plan's fusions the second GEMM prefetches."""
+        return Fusion.PREFETCH in self.plan.fusions[0]
 
     def one_of(self, schemes: Schemes, *, interleaved: bool) -> Pair:
         """A layer's weights in memory of their own."""

@@ -87,9 +87,11 @@ class SteppedLayer:
 class OneLaunch(SteppedLayer):
     """MoELayer with all its steps fused, part by part; with SwiGLU in the epilogue where gate_up is interleaved."""
 
-    def __init__(self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool) -> None:
+    def __init__(
+        self, gate_up: Experts, down: Experts, library: KernelLibrary, *, overlap: bool, prefetch: bool
+    ) -> None:
         super().__init__(gate_up, down, library, overlap=overlap)
-        self._library = library
+        self._library, self.prefetch = library, prefetch
 
     def first(self, x: Activations, routing: Routing) -> Tensor:
         """One launch."""
@@ -99,7 +101,8 @@ class OneLaunch(SteppedLayer):
 
     def second(self, x: Activations, routing: Routing) -> Tensor:
         """One launch."""
-        return self._library.best(self.down, x.num_tokens, overlap=self.overlap)(x, self.down, routing.offsets)
+        kernel = self._library.best(self.down, x.num_tokens, overlap=self.overlap, prefetch=self.prefetch)
+        return kernel(x, self.down, routing.offsets)
 
 
 class LaunchPerScheme(SteppedLayer):
@@ -115,8 +118,10 @@ class LaunchPerScheme(SteppedLayer):
         streams: Sequence[torch.cuda.Stream] = (),
         *,
         overlap: bool,
+        prefetch: bool,
     ) -> None:
         super().__init__(gate_up, down, library, overlap=overlap and not streams)
+        self.prefetch = prefetch and not streams
         self._library, self._streams = library, tuple(streams)
         self.shares = {
             linear: [SchemeShare(whole, index) for index in range(len(whole.stacks))]
@@ -141,7 +146,13 @@ class LaunchPerScheme(SteppedLayer):
             stream = self._streams[index] if self._streams else main
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
-                kernel = self._library.best(share, x.num_tokens, swiglu=swiglu, overlap=self.overlap)
+                kernel = self._library.best(
+                    share,
+                    x.num_tokens,
+                    swiglu=swiglu,
+                    overlap=self.overlap,
+                    prefetch=self.prefetch and linear is Linear.DOWN,
+                )
                 kernel(x, share, routing.offsets, out=y)
         for stream in self._streams[: len(shares)]:
             main.wait_stream(stream)

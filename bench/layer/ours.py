@@ -82,7 +82,9 @@ class OurLayers:
     def _split(self, variant: Variant) -> Entry:
         streams = self._context.streams if variant is Variant.STREAMS else ()
         split = [
-            LaunchPerScheme(*pair, self._context.kernels, streams, overlap=self._context.overlap)
+            LaunchPerScheme(
+                *pair, self._context.kernels, streams, overlap=self._context.overlap, prefetch=self._context.prefetch
+            )
             for pair in self._sets(Fusion.EPILOGUE in self._first)
         ]
         configs = _tune_shares(self._allocation.name, split[0], self._context)
@@ -91,7 +93,9 @@ class OurLayers:
     def _up_to(self, part: str) -> Entry:
         configs, context = self._configs, self._context
         sets = self._sets(Fusion.EPILOGUE in self._first)
-        layers = [OneLaunch(*pair, context.kernels, overlap=context.overlap) for pair in sets]
+        layers = [
+            OneLaunch(*pair, context.kernels, overlap=context.overlap, prefetch=context.prefetch) for pair in sets
+        ]
         return Entry(
             allocation=self._allocation.name,
             group=self._allocation.group,
@@ -114,12 +118,20 @@ def _prefix(layer: OneLaunch, part: str, context: Context) -> Callable[[], objec
 
 def _tune(name: str, pair: Pair, context: Context) -> str:
     """Both linears of MoELayer."""
-    layer = OneLaunch(*pair, context.kernels, overlap=context.overlap)
+    layer = OneLaunch(*pair, context.kernels, overlap=context.overlap, prefetch=context.prefetch)
 
     def tune(linear: Linear, experts: Experts, x: Activations, offsets: Tensor, out: Tensor) -> str:
         configs = configs_of(context.plan, GemmId(cell=context.cell, allocation=name, linear=linear))
         return context.kernels.tune(
-            experts, x.num_tokens, configs, x, offsets, out, context.time_single, overlap=context.overlap
+            experts,
+            x.num_tokens,
+            configs,
+            x,
+            offsets,
+            out,
+            context.time_single,
+            overlap=context.overlap,
+            prefetch=context.prefetch and linear is Linear.DOWN,
         )
 
     routing, x = layer.dispatch(context.given.hidden, context.given.ids)
@@ -151,6 +163,7 @@ def _tune_shares(name: str, layer: LaunchPerScheme, context: Context) -> str:
                     out,
                     context.time_single,
                     overlap=layer.overlap,
+                    prefetch=layer.prefetch and linear is Linear.DOWN,
                 )
             )
     return ", ".join(names)

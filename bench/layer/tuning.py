@@ -33,13 +33,23 @@ class TunedLibrary(KernelLibrary):
         """A layer's other kernels, made before."""
         self._steps.update(steps)
 
-    def best(self, experts: Experts, num_rows: int, *, swiglu: bool = False, overlap: bool = False) -> Kernel:
+    def best(
+        self,
+        experts: Experts,
+        num_rows: int,
+        *,
+        swiglu: bool = False,
+        overlap: bool = False,
+        prefetch: bool = False,
+    ) -> Kernel:
         """What `tune` chose, with these options. SpecError where it did not choose."""
         try:
             chosen = self._chosen[_key(experts, num_rows)].spec
         except KeyError:
             raise SpecError(f"no kernel was chosen for {experts.schemes} and {num_rows} rows") from None
-        return self.kernel(chosen.config, chosen.schemes, chosen.max_experts, swiglu=swiglu, overlap=overlap)
+        return self.kernel(
+            chosen.config, chosen.schemes, chosen.max_experts, swiglu=swiglu, overlap=overlap, prefetch=prefetch
+        )
 
     def tune(
         self,
@@ -52,6 +62,7 @@ class TunedLibrary(KernelLibrary):
         time_single: TimeSingle,
         *,
         overlap: bool,
+        prefetch: bool,
     ) -> str:
         """Choose among these by time; the name of the fastest. UnsupportedError when the bundle has none of them."""
         if (key := _key(experts, num_rows)) in self._chosen:
@@ -60,8 +71,14 @@ class TunedLibrary(KernelLibrary):
         refused: list[str] = []
         for config in configs:
             try:
-                size = table_size(experts.num_experts)
-                kernel = self.kernel(config, experts.schemes, size, swiglu=experts.is_interleaved, overlap=overlap)
+                kernel = self.kernel(
+                    config,
+                    experts.schemes,
+                    table_size(experts.num_experts),
+                    swiglu=experts.is_interleaved,
+                    overlap=overlap,
+                    prefetch=prefetch,
+                )
             except UnsupportedError as error:
                 refused.append(str(error))
                 continue

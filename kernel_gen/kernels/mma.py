@@ -60,7 +60,7 @@ class MmaKernel:
         self.tile_m, self.tile_n = config.tile.m, config.tile.n
         self.warps_m, self.num_threads, self.num_stages = config.warps.m, config.num_threads, config.num_stages
         self.min_ctas = config.min_ctas_per_sm
-        self.overlap = spec.overlap
+        self.overlap, self.prefetch = spec.overlap, spec.prefetch
         self.rows_per_feature = 2 if spec.swiglu else 1
         self.slots = [Slot(spec, scheme) for scheme in spec.schemes]
         self.stage_bytes = smem.stage_bytes(config, spec.schemes)
@@ -122,10 +122,11 @@ class MmaKernel:
         table = stages + self.num_stages * self.stage_bytes
         weights_at = weights.iterator.toint()
         y_at = y.iterator.toint()
-        if const_expr(self.overlap):
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(self.overlap and not self.prefetch):
+            self.wait_for_kernel_ahead()
         num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
+        if const_expr(self.prefetch):
+            self.wait_for_kernel_ahead()
         where = (table, lane, num_tiles, feature_tiles, ctas)
         what = (stages, tid, weights_at, activations, k, units)
         words = cute.make_rmem_tensor((NUM_WORDS,), Int32)
@@ -150,6 +151,11 @@ class MmaKernel:
                 else:
                     if slot == s:
                         self.run_tile(s, stage, cursor, where, what, at, threads)
+
+    def wait_for_kernel_ahead(self):
+        """What the kernel ahead wrote is there from here on, and the next one may be launched."""
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
     def aim(self, cursor, where, what):

@@ -26,6 +26,8 @@ class KernelSpec:
 
     `swiglu`: Y is silu(gate) * up of rows that Experts.interleaved has put together. `overlap`: the kernel is launched
     while the one before it ends, and waits for that one's results itself (programmatic dependent launch, sm_90 on).
+    `prefetch`: besides, offsets and weights were there before that one was launched, so that tiles are listed and the
+    first weights asked for before waiting.
     """
 
     config: KernelConfig
@@ -34,6 +36,7 @@ class KernelSpec:
     max_experts: int = 256
     swiglu: bool = False
     overlap: bool = False
+    prefetch: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.schemes) <= MAX_SLOTS:
@@ -44,12 +47,14 @@ class KernelSpec:
             raise ValueError(f"max_experts is a power of two in 32..1024, got {self.max_experts}")
         if self.overlap and not can_overlap(self.arch):
             raise ValueError(f"overlap: {self.arch} has no programmatic dependent launch, sm_90 and later do")
+        if self.prefetch and not self.overlap:
+            raise ValueError("prefetch: a kernel that does not overlap the one ahead has no time before it")
 
     @property
     def label(self) -> str:
         """Readable: config, schemes, target."""
         schemes = "+".join(scheme.name for scheme in self.schemes)
-        suffix = "/swiglu" * self.swiglu + "/overlap" * self.overlap
+        suffix = "/swiglu" * self.swiglu + "/overlap" * self.overlap + "/prefetch" * self.prefetch
         return f"{self.config.name}/{schemes}/{self.arch}/e{self.max_experts}{suffix}"
 
     @property

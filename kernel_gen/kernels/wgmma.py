@@ -28,10 +28,10 @@ from kernel_gen.layouts import ACTIVATION_ARGUMENT, ActivationKind, layout_of
 class Slot:
     """The units of one scheme in this kernel: a k loop and an epilogue for every width of a token tile, full last."""
 
-    def __init__(self, config, scheme, arrays, swiglu) -> None:
+    def __init__(self, config, scheme, arrays, swiglu, prefetch) -> None:
         self.facts = layout_of(scheme)
         tile_m, groups = config.tile.m, config.warps.m // 4
-        self.producer = Producer(self.facts, config)
+        self.producer = Producer(self.facts, config, prefetch)
         self.token_scales = self.facts.activation is not ActivationKind.BF16
         self.mainloops = [
             self.mainloop(width)(self.facts, tile_m, width, groups, config.cluster, config.split_k)
@@ -62,12 +62,12 @@ class WgmmaKernel:
         self.producers = smem_wgmma.producer_warps(config)
         self.num_threads = config.num_threads
         self.min_ctas = config.min_ctas_per_sm
-        self.overlap = spec.overlap
+        self.overlap, self.prefetch = spec.overlap, spec.prefetch
         self.producer_registers = smem_wgmma.producer_registers(config)
         self.consumer_registers = smem_wgmma.consumer_registers(config)
         self.arrays = smem_wgmma.wgmma_arrays(config, spec.schemes, spec.max_experts)
         self.rows_per_feature = 2 if spec.swiglu else 1
-        self.slots = [Slot(config, scheme, self.arrays, spec.swiglu) for scheme in spec.schemes]
+        self.slots = [Slot(config, scheme, self.arrays, spec.swiglu, spec.prefetch) for scheme in spec.schemes]
         self.scheduler = TileScheduler(self.tile_m, self.tile_n, spec.max_experts, config.raster)
 
     @cute.jit
@@ -164,9 +164,8 @@ class WgmmaKernel:
             cute.arch.mbarrier_init_fence()
         if const_expr(self.split_k > 1):
             cute.arch.cluster_arrive_relaxed()
-        if const_expr(self.overlap):
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(self.overlap and not self.prefetch):
+            self.wait_for_kernel_ahead()
         table = start + self.arrays.table
         self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()
@@ -180,6 +179,17 @@ class WgmmaKernel:
                 turn = (warp, warp, Int32(1))
                 first, walkers, rank, neighbour = self.place()
                 num_tiles = self.scheduler.num_tiles(table)
+                ahead = Int32(0)
+                if const_expr(self.prefetch):
+                    if first < num_tiles:
+                        row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, first, feature_tiles)
+                        feature_tile = feature_tile * self.cluster + neighbour
+                        width = self.width(row, row_end)
+                        for s in cutlass.range_constexpr(len(self.slots)):
+                            if slot == s:
+                                at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank)
+                                ahead = self.slots[s].producer.prefetch(start, self.arrays, warp, at)
+                    self.wait_for_kernel_ahead()
                 for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                     row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
                     feature_tile = feature_tile * self.cluster + neighbour
@@ -188,10 +198,13 @@ class WgmmaKernel:
                         if slot == s:
                             at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank)
                             turn = self.slots[s].producer.run(
-                                base, start, self.arrays, barriers, turn, at, atoms[s], tensors[s], layouts[s]
+                                base, start, self.arrays, barriers, turn, at, ahead, atoms[s], tensors[s], layouts[s]
                             )
+                    ahead = Int32(0)
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
+            if const_expr(self.prefetch):
+                self.wait_for_kernel_ahead()
             stage = Int32(0)
             phase = Int32(0)
             turn = Int32(0)
@@ -214,6 +227,13 @@ class WgmmaKernel:
         if const_expr(self.cluster > 1):  # nor after it is gone
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
+
+    def wait_for_kernel_ahead(self):
+        """What the kernel ahead wrote is there from here on, and the next one may be launched. Whoever reads tokens,
+        their scales or writes Y has waited.
+        """
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
     def place(self):

@@ -95,7 +95,7 @@ def test_every_launch_is_built_before() -> None:
     assert {len(spec.schemes) for spec in specs} == {1, 3}
     assert len(set(specs)) == len(specs)
     whole = [spec for spec in specs if len(spec.schemes) == 3]
-    assert {(spec.swiglu, spec.overlap) for spec in whole} == {(True, True), (False, True)}
+    assert {(spec.swiglu, spec.overlap, spec.prefetch) for spec in whole} == {(True, True, False), (False, True, True)}
     shares = [spec for spec in specs if spec.schemes == (mix.middle,)]
     assert {spec.overlap for spec in shares} == {True, False}  # one after the other, and on streams
     four = specs_needed(plan(mix.name, fusions=tuple(FUSIONS.values())))
@@ -164,7 +164,7 @@ def test_a_mix_of_one_scheme_is_none() -> None:
 
 
 def test_fusions_are_left_out_one_by_one() -> None:
-    assert len(left_out(FUSIONS["all"])) == 6
+    assert len(left_out(FUSIONS["all"])) == 7
     assert Fusion.EPILOGUE not in left_out(Fusion.ALL)[list(Fusion).index(Fusion.SWIGLU)]
     assert len(left_out(FUSIONS["four"])) == 4
 

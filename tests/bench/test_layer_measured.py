@@ -118,7 +118,8 @@ class CpuLayer(OneLaunch):
 
     def __init__(self, gate_up, down, *, library, fusions):
         assert gate_up.is_interleaved == (Fusion.EPILOGUE in fusions)
-        super().__init__(gate_up, down, library, overlap=Fusion.OVERLAP in fusions)
+        overlap, prefetch = Fusion.OVERLAP in fusions, Fusion.PREFETCH in fusions
+        super().__init__(gate_up, down, library, overlap=overlap, prefetch=prefetch)
 
 
 class CpuClock:

@@ -37,11 +37,15 @@ def test_options_name_other_kernels_and_are_absent_where_they_are_off() -> None:
         return KernelSpec(config=config, schemes=(schemes.parse("w16a16"),), arch="sm_90a", **options)
 
     found = [spec(), spec(swiglu=True), spec(overlap=True), spec(swiglu=True, overlap=True)]
-    assert [one.label.removeprefix(found[0].label) for one in found] == ["", "/swiglu", "/overlap", "/swiglu/overlap"]
-    assert len({one.name for one in found}) == len({one.fingerprint() for one in found}) == 4
+    found.append(spec(overlap=True, prefetch=True))
+    labels = [one.label.removeprefix(found[0].label) for one in found]
+    assert labels == ["", "/swiglu", "/overlap", "/swiglu/overlap", "/overlap/prefetch"]
+    assert len({one.name for one in found}) == len({one.fingerprint() for one in found}) == 5
 
 
 def test_launches_overlap_from_sm_90_on() -> None:
     config = kernels.parse("mma_64x8_w4x1x1_s5_k1_at_o4")
     with pytest.raises(ValueError, match="overlap: sm_89 has no programmatic dependent launch"):
         KernelSpec(config=config, schemes=(schemes.parse("w16a16"),), arch="sm_89", overlap=True)
+    with pytest.raises(ValueError, match="prefetch: a kernel that does not overlap"):
+        KernelSpec(config=config, schemes=(schemes.parse("w16a16"),), arch="sm_90a", prefetch=True)

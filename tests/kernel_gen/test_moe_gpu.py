@@ -25,7 +25,8 @@ MIXES = (
 def every_fusion(intermediate: int) -> Fusion:
     """All that these sizes and this GPU allow."""
     aligned = Fusion.ALL if intermediate % 8 == 0 else Fusion.ALL & ~Fusion.EPILOGUE
-    return aligned if torch.cuda.get_device_capability()[0] >= 9 else aligned & ~Fusion.OVERLAP
+    later = Fusion.OVERLAP | Fusion.PREFETCH
+    return aligned if torch.cuda.get_device_capability()[0] >= 9 else aligned & ~later
 
 
 def layer_of(names: tuple[str, ...], *, fusions=None, hidden=HIDDEN, intermediate=INTERMEDIATE):
@@ -75,11 +76,13 @@ def test_the_layer_is_the_moe_of_its_quantised_weights(names, tokens) -> None:
     assert relative_error(layer(hidden, ids, weights), reference(real, hidden, ids, weights)) < limit
 
 
-EPILOGUE = Fusion.SWIGLU | Fusion.EPILOGUE
+EPILOGUE, PREFETCH = Fusion.SWIGLU | Fusion.EPILOGUE, Fusion.OVERLAP | Fusion.PREFETCH
+NEEDS = {Fusion.EPILOGUE: EPILOGUE, Fusion.PREFETCH: PREFETCH}
+NEEDED_BY = {Fusion.SWIGLU: EPILOGUE, Fusion.OVERLAP: PREFETCH}
 SUBSETS = [
     Fusion.MEASURED_FASTER,
-    *(EPILOGUE if one is Fusion.EPILOGUE else one for one in Fusion),
-    *(Fusion.ALL & ~(EPILOGUE if one is Fusion.SWIGLU else one) for one in Fusion),
+    *(NEEDS.get(one, one) for one in Fusion),
+    *(Fusion.ALL & ~NEEDED_BY.get(one, one) for one in Fusion),
     Fusion.NONE,
 ]
 
@@ -221,6 +224,8 @@ def test_interleaved_weights_are_the_epilogues() -> None:
         MoELayer(layer.gate_up, layer.down, fusions=Fusion.SWIGLU)
     with pytest.raises(SpecError, match="fusions: expected SWIGLU beside EPILOGUE"):
         MoELayer(layer.gate_up, layer.down, fusions=Fusion.EPILOGUE)
+    with pytest.raises(SpecError, match="fusions: expected OVERLAP beside PREFETCH"):
+        MoELayer(layer.gate_up, layer.down, fusions=Fusion.PREFETCH)
 
 
 @pytest.mark.parametrize("bad", [[0, 5, 3, 8], [1, 2, 3, 8], [0, 2, 4, 7], [0, 2, 4, 9]])

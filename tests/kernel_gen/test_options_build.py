@@ -14,6 +14,8 @@ from profiles.gpus import gpu
 CASES = (
     ("h200", "wgmma_64x16_w4x1x1_s4_k1_at_o4", "w16a16+w4a16_g128_sym", {"swiglu": True, "overlap": True}),
     ("h200", "mma_64x8_w4x1x1_s5_k1_at_o2", "w4a16_g128_sym+w8a8_g-1_sym", {"overlap": True}),
+    ("h200", "wgmma_64x8_w4x1x1_s8_k1_at_o4", "w2a16_g128_asym+w4a8_g128_sym", {"overlap": True, "prefetch": True}),
+    ("h200", "mma_64x8_w4x1x1_s5_k1_at_o2", "w4a16_g128_sym", {"overlap": True, "prefetch": True}),
     ("rtx4090", "mma_64x8_w4x1x1_s4_k1_at_o2", "w4a16_g128_sym", {"swiglu": True}),
 )
 

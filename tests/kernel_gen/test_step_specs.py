@@ -53,9 +53,9 @@ def test_a_row_must_fit_a_cta() -> None:
     ("card", "n", "bundle", "missing"),
     [
         ("h200", 2816, None, Fusion.NONE),
-        ("rtx4090", 2816, None, Fusion.OVERLAP),
+        ("rtx4090", 2816, None, Fusion.OVERLAP | Fusion.PREFETCH),
         ("h200", 380, None, Fusion.EPILOGUE),
-        ("rtx4090", 380, None, Fusion.EPILOGUE | Fusion.OVERLAP),
+        ("rtx4090", 380, None, Fusion.EPILOGUE | Fusion.OVERLAP | Fusion.PREFETCH),
         ("h200", 2816, "kernels", Fusion.ALL),
     ],
 )

@@ -88,24 +88,37 @@ def test_the_epilogue_multiplies_silu_of_gate_by_up(config, names) -> None:
             assert torch.equal(first.view(torch.int16), y.view(torch.int16))
 
 
-@pytest.mark.parametrize("config", [WGMMA[0], WGMMA[2], MMA[0]])
-def test_overlapping_gemms_wait_for_each_other(config) -> None:
+CHAINED = (
+    *((config, ("w16a16",)) for config in (WGMMA[0], WGMMA[2], MMA[0])),
+    ("wgmma_64x8_w4x1x1_s8_k1_at_o4", ("w4a16_g128_asym", "w2a16_g128_sym")),
+    ("wgmma_128x16_w4x1x1_s8_k1_at_o3_t8", ("w4a16_g128_sym", "w2a16_g128_sym")),
+    ("wgmma_128x16_w4x1x1_s8_k4_at_o3", ("w4a16_g128_sym",)),
+    ("wgmma_128x64_w8x1x1_s3_k1_at_o2_t16", ("w8a16_g128_asym",)),
+    ("wgmma_128x64_w8x1x1_s4_k1_at_o1_c2", ("w3a16_g128_sym", "w16a16")),
+)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(("config", "names"), CHAINED)
+def test_overlapping_gemms_wait_for_each_other(config, names, prefetch) -> None:
     """A chain of products, each of which reads what the one before wrote: any that did not wait would show."""
-    overlapping = kernel_of(config, ("w16a16",), overlap=True)
-    plain = kernel_of(config, ("w16a16",))
-    weights = torch.randn(2, 256, 256, device="cuda") / 16
-    experts = Experts.from_weights(weights, schemes.parse("w16a16"))
-    x = torch.randn(600, 256, device="cuda").to(torch.bfloat16)
-    offsets = offsets_of((250, 350))
+    overlapping = kernel_of(config, names, overlap=True, prefetch=prefetch)
+    plain = kernel_of(config, names)
+    for size, counts in ((256, (250, 350)), (1152, (0, 3, 1, 20)), (1152, (700, 1))):  # 256: fewer k-tiles than stages
+        per_expert = [schemes.parse(names[e % len(names)]) for e in range(len(counts))]
+        weights = torch.randn(len(counts), size, size, device="cuda") / size**0.5
+        experts = Experts.from_weights(weights, per_expert)
+        x = torch.randn(sum(counts), size, device="cuda").to(torch.bfloat16)
+        offsets = offsets_of(counts)
+        expected = chain(plain, x, experts, offsets)
+        assert expected.isfinite().all()
+        assert all(torch.equal(chain(overlapping, x, experts, offsets), expected) for _ in range(20))
 
-    def chain(kernel: Kernel):
-        y = x
-        for _ in range(6):
-            y = kernel(y, experts, offsets)
-        return y
 
-    expected = chain(plain)
-    assert all(torch.equal(chain(overlapping), expected) for _ in range(20))
+def chain(kernel: Kernel, x, experts: Experts, offsets):
+    for _ in range(6):
+        x = kernel(x, experts, offsets)
+    return x
 
 
 def test_plain_weights_are_refused_by_the_epilogue() -> None:
