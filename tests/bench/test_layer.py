@@ -386,7 +386,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys) -> None:
     assert main(["--build", "--allocations", "none"]) == 2
     assert "allocation 'none'" in capsys.readouterr().err
     assert main(["--build", "--fusions", "most"]) == 2
-    assert "--fusions: unknown most; known are four, epilogue, overlap, all" in capsys.readouterr().err
+    assert "--fusions: unknown most; known are four, epilogue, overlap, both, all" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
