@@ -22,15 +22,35 @@ TOP_K = (
     "moe_topk",  # Hunyuan
     "moe_k",  # ERNIE
 )
+HIDDEN_SIZE = ("hidden_size", "d_model")  # most; DBRX
+NUM_LAYERS = ("num_hidden_layers", "n_layers")  # most; DBRX
 INTERMEDIATE_SIZE = (
     "moe_intermediate_size",  # families whose dense layers have another width
     "intermediate_size",  # Mixtral, OLMoE, gpt-oss
 )
+SPELLINGS = {
+    "num_experts": NUM_EXPERTS,
+    "top_k": TOP_K,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": INTERMEDIATE_SIZE,
+    "num_hidden_layers": NUM_LAYERS,
+}
+"""Of what every configuration must have."""
 NUM_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 SHARED_INTERMEDIATE_SIZE = (
     "shared_expert_intermediate_size",  # Qwen: its one shared expert
     "shared_intermediate_size",  # Granite
 )
+NUM_DENSE_LAYERS = (  # the first ones
+    "first_k_dense_replace",  # DeepSeek, GLM
+    "moe_layer_start_index",  # ERNIE
+    "num_dense_layers",  # LFM2, AFMoE
+)
+DBRX_EXPERTS = {
+    "num_experts": "moe_num_experts",
+    "num_experts_per_tok": "moe_top_k",
+    "intermediate_size": "ffn_hidden_size",
+}
 NESTED = ("text_config", "llm_config", "language_config")
 
 
@@ -41,15 +61,8 @@ def read_moe_fields(file: Path) -> dict[str, int]:
         SpecError: unreadable, not a JSON object, a dense model, or a family whose keys are not understood.
     """
     config = _load(file)
-    sizes = {
-        "num_experts": config.first(*NUM_EXPERTS),
-        "top_k": config.first(*TOP_K),
-        "hidden_size": config.first("hidden_size"),
-        "intermediate_size": config.first(*INTERMEDIATE_SIZE),
-        "num_hidden_layers": config.first("num_hidden_layers"),
-    }
-    spellings = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "intermediate_size": INTERMEDIATE_SIZE}
-    missing = [" or ".join(spellings.get(field, (field,))) for field, size in sizes.items() if size is None]
+    sizes = {field: config.first(*keys) for field, keys in SPELLINGS.items()}
+    missing = [" or ".join(SPELLINGS[field]) for field, size in sizes.items() if size is None]
     if missing:
         raise SpecError(f"{file}: no mixture-of-experts model that is understood; missing: {'; '.join(missing)}")
     fields = {field: size for field, size in sizes.items() if size is not None}
@@ -107,6 +120,9 @@ def _load(file: Path) -> _Config:
         nested = values.get(key)
         if isinstance(nested, dict) and not any(key in values for key in NUM_EXPERTS):
             return _Config(file, nested)
+    experts = values.get("ffn_config")
+    if isinstance(experts, dict):  # DBRX
+        values |= {key: experts.get(name) for key, name in DBRX_EXPERTS.items()}
     return _Config(file, values)
 
 
@@ -127,7 +143,10 @@ def _is_moe_layer(config: _Config, layer: int) -> bool:
     """Whether a layer has routed experts; each family states it with one or two of these keys, and has none of the
     others.
     """
-    if layer < (config.first("first_k_dense_replace", "moe_layer_start_index") or 0):  # DeepSeek, GLM; ERNIE
+    kinds = config.values.get("mlp_layer_types")  # GLM, Kimi and others, as transformers 5 writes them
+    if isinstance(kinds, list):
+        return layer < len(kinds) and kinds[layer] != "dense"
+    if layer < (config.first(*NUM_DENSE_LAYERS) or 0):
         return False
     if layer in (config.integers("mlp_only_layers") or ()):  # Qwen
         return False

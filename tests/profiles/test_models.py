@@ -167,6 +167,9 @@ def test_layers_that_are_dense_are_not_counted(tmp_path: Path) -> None:
     assert layers(mlp_only_layers=[0, 47]) == 46
     assert layers(mlp_only_layers=[0, 47], decoder_sparse_step=2) == 23  # of the two, only 47 is an expert layer
     assert layers(first_k_dense_replace=3) == 45
+    assert layers(num_dense_layers=2) == 46
+    assert layers(mlp_layer_types=["dense"] * 3 + ["sparse"] * 45, first_k_dense_replace=1) == 45
+    assert layers(mlp_layer_types=["hash_moe"] * 3 + ["moe"] * 45) == 48
     assert layers(moe_layer_freq=5) == 10
     assert layers(moe_layer_freq=[0] * 40 + [1] * 8) == 8
     assert layers(moe_layers=[1, 3]) == 2
@@ -188,6 +191,15 @@ def test_a_multimodal_model_is_its_language_part(tmp_path: Path) -> None:
     shape = model_from_config(write(tmp_path / "Scout", {"text_config": llama, "vision_config": {"hidden_size": 1408}}))
     assert shape.gemm(Linear.GATE_UP) == (16384, 5120)
     assert shape.shared_intermediate_size == 8192
+
+
+def test_experts_may_be_described_one_level_deeper(tmp_path: Path) -> None:
+    """As DBRX's are, whose ffn_config has a hidden_size of its own when transformers writes every default."""
+    experts = {"ffn_hidden_size": 10752, "hidden_size": 2048, "moe_num_experts": 16, "moe_top_k": 4}
+    config = {"model_type": "dbrx", "d_model": 6144, "n_layers": 40, "ffn_config": experts}
+    shape = model_from_config(write(tmp_path / "dbrx", config))
+    assert (shape.gemm(Linear.GATE_UP), shape.gemm(Linear.DOWN)) == ((21504, 6144), (6144, 10752))
+    assert (shape.num_experts, shape.top_k, shape.num_moe_layers) == (16, 4, 40)
 
 
 def test_numbers_per_layer_that_agree_are_one_number(tmp_path: Path) -> None:
