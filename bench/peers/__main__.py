@@ -29,14 +29,16 @@ from profiles.models import Linear, model
 from profiles.schemes import QuantScheme
 
 if TYPE_CHECKING:
-    from bench.peers.measuring import Cell
+    from bench.peers.cells import Cell
 
 TABLES = ("hopper_v2", "mixed_v2", "few_tokens", "decode_v3", "mixed_v3", "mixtral_v3")
 """Of profiles/data/h200: those that have several configurations of every cell."""
 RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in TABLES)
 OUT = Path("docs/peers")
 MODELS = ("qwen1.5-moe-a2.7b", "mixtral-8x7b", "deepseek-v2-lite", "qwen3-30b-a3b")
-TOKENS = (16, 512, 8192, 1, 128, 2048)
+TOKENS = (16, 512, 8192, 1, 64, 2048)
+SCHEMES = tuple(scheme.name for scheme in schemes.KERNEL_SCHEMES if scheme.math in H200.peak_tops)
+"""All that have kernels and a roofline on the card."""
 
 
 def report_recorded(profiles: Sequence[Path], out: Path, *, command: str) -> str:
@@ -58,18 +60,18 @@ def report_recorded(profiles: Sequence[Path], out: Path, *, command: str) -> str
     return text
 
 
-def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
-    """Measures every cell of the options on this GPU; writes measured.parquet as it goes, then measured.md.
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Measures every cell of the options that the file in `--out` lacks, on this GPU, and writes rows as it goes.
 
     UserError: no GPU that can be used, options that cannot be, a folder that cannot be written.
     """
+    from bench.peers.cells import specs_of
     from bench.peers.device import check_gpu, open_device
-    from bench.peers.measured_report import measured_markdown, of_roofline
-    from bench.peers.measuring import measure, read_measured, specs_of
+    from bench.peers.measuring import measure
 
     listed, gpu = _cells(arguments), check_gpu()
     cells = _configs(listed, arguments, gpu)
-    path, started = arguments.out / "measured.parquet", monotonic_s()
+    path, started = _measured_path(arguments), monotonic_s()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -78,50 +80,80 @@ def measure_all(arguments: argparse.Namespace, *, command: str) -> str:
             for cell, rows in measure(cells, device, path, rounds=arguments.rounds):
                 seconds = monotonic_s() - started
                 words = " ".join(map(str, cell.key))
-                print(f"{seconds:.1f} s: {words}: {len(rows)} contenders", file=sys.stderr, flush=True)
+                lost = "; the GPU's context was lost, the same command goes on" if rows[-1]["context_lost"] else ""
+                print(f"{seconds:.1f} s: {words}: {len(rows)} contenders{lost}", file=sys.stderr, flush=True)
                 if seconds > arguments.seconds:
                     print("out of time; the same command goes on", file=sys.stderr)
                     break
-        measured = read_measured(path)
-        text = measured_markdown(measured, read_peers(), command=command)
+    except OSError as error:
+        raise _unwritable(arguments.out, error) from error
+
+
+def report_measured(arguments: argparse.Namespace, *, command: str) -> str:
+    """Markdown and picture of what was measured so far. DataError: nothing was, or the folder cannot be written."""
+    from bench.peers.measured_report import measured_markdown, of_roofline
+    from bench.peers.measuring import read_measured
+    from bench.peers.mixed_report import mixed_markdown
+
+    measured, peers = read_measured(_measured_path(arguments)), read_peers()
+    try:
+        if arguments.mixed:
+            text = mixed_markdown(measured, command=command)
+            write_text(text, arguments.out / "measured_mixed.md")
+            return text
+        text = measured_markdown(measured, peers, command=command)
         write_text(text, arguments.out / "measured.md")
-        plot.draw(of_roofline(measured), read_peers(), arguments.out / "measured.png", band="one launch a replay")
+        plot.draw(of_roofline(measured), peers, arguments.out / "measured.png", band="one launch a replay")
     except OSError as error:
         raise _unwritable(arguments.out, error) from error
     return text
 
 
+def _measured_path(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.out) / ("measured_mixed.parquet" if arguments.mixed else "measured.parquet")
+
+
 def build_all(arguments: argparse.Namespace) -> None:
-    """Compiles what the cache lacks of the kernels that `--measure` with the same options runs. UserError: options that
-    cannot be.
+    """Compiles what the cache lacks of the kernels that `--measure` with the same options runs, until every cell has as
+    many that the gate passes as it can have. UserError: options that cannot be.
     """
-    from bench.kernel_sets import compile_all
-    from bench.peers.measuring import specs_of
+    from bench.kernel_sets import Standing, compile_all, standing
+    from bench.peers.cells import specs_of
 
     gpu = gpus.gpu(H200.gpu)
-    cells = _configs(_cells(arguments), arguments, gpu)
-    specs = specs_of(cells, gpu)
-    print(f"{len(specs)} kernels, of {len(cells)} cells", file=sys.stderr)
-    compile_all(specs, gpu)
+    listed = _cells(arguments)
+    while True:
+        specs = specs_of(_configs(listed, arguments, gpu), gpu)
+        if all(standing(spec, gpu) is not Standing.UNKNOWN for spec in specs):
+            break
+        if compile_all(specs, gpu):
+            print("some could not be compiled", file=sys.stderr)
+            break
+    print(f"{len(specs)} kernels, of {len(listed)} cells", file=sys.stderr)
 
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    """What to measure."""
-    from bench.peers.measuring import Cell
+    """What to measure, in turn."""
+    from bench.peers.cells import Cell, in_order
+    from bench.peers.mixes import mixes_and_parts
 
-    return [
-        Cell(model=shape.name, linear=linear, tokens=tokens, draw=draw, scheme=scheme)
-        for shape in map(model, arguments.models.split(","))
+    shapes, tokens = [model(name) for name in arguments.models.split(",")], _tokens(arguments.tokens)
+    if arguments.mixed:
+        return mixes_and_parts([shape.name for shape in shapes], tokens)[: arguments.cells]
+    every = [
+        Cell(model=shape.name, linear=linear, tokens=number, draw=draw, what=scheme)
+        for shape in shapes
         for linear in Linear
         for scheme in _schemes(arguments.schemes)  # before tokens: neighbouring cells share a workload's weights
-        for tokens in _tokens(arguments.tokens)
+        for number in tokens
         for draw in _draws(arguments.draws)
     ]
+    return in_order(every)[: arguments.cells]
 
 
 def _configs(cells: Sequence[Cell], arguments: argparse.Namespace, gpu: GpuSpec) -> dict[Cell, list[KernelConfig]]:
     """The configurations of ours to try in each."""
-    from bench.peers.measuring import our_configs
+    from bench.peers.cells import our_configs
 
     recorded = read_launches(arguments.profiles or RECORDED)
     number, built_only = arguments.configs, arguments.built_only
@@ -186,18 +218,23 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--build", action="store_true", help="compile the kernels that --measure with the same options needs, and end"
     )
+    what.add_argument("--report", action="store_true", help="the report of what --measure has measured so far")
     parser.add_argument("--models", default=",".join(MODELS), metavar="A,B", help="to measure (default: %(default)s)")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), metavar="A,B", help="(default: %(default)s)")
     parser.add_argument(
         "--schemes",
-        default=",".join(report.REPRESENTATIVES.values()),
+        default=",".join(SCHEMES),
         metavar="A,B",
-        help="(default: one of each class of peers)",
+        help="(default: all; the bytes of the peers' first)",
     )
     draws = ",".join(draw.value for draw in Draw)
     parser.add_argument("--draws", default=draws, metavar="A,B", help="loads: %(default)s (the default: both)")
     parser.add_argument(
         "--configs", type=_at_least_one, default=8, metavar="N", help="ours tried (default: %(default)s)"
+    )
+    parser.add_argument("--cells", type=_at_least_one, metavar="N", help="only the first N cells (default: all)")
+    parser.add_argument(
+        "--mixed", action="store_true", help="mixed launches, each beside its schemes alone under the same load"
     )
     parser.add_argument("--built-only", action="store_true", help="run the kernels that the cache has, compile none")
     parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
@@ -217,7 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             build_all(arguments)
             return 0
         if arguments.measure:
-            print(measure_all(arguments, command=command), end="")
+            measure_all(arguments)
+        if arguments.measure or arguments.report:
+            text = report_measured(arguments, command=command)
+            print(text.split("## Below")[0].split("## Launches")[0], end="")
             return 0
         text = report_recorded(arguments.profiles or RECORDED, arguments.out, command=command)
     except UserError as error:

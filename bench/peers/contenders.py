@@ -50,9 +50,11 @@ class Contender:
 
 
 def contenders(inputs: Inputs, configs: Sequence[KernelConfig], kernels: Kernels, l2_bytes: int) -> Iterator[Contender]:
-    """All that can run the inputs' one scheme: ours in each configuration; others for bf16 and for 8-bit floats."""
+    """All that can run the inputs' schemes: ours in each configuration; others for bf16 and for 8-bit floats alone."""
     for config in configs:
         yield Contender(name=OURS, config=config.name, make=functools.partial(_ours, inputs, config, kernels))
+    if len(inputs.weights.stacks) > 1:
+        return
     scheme = inputs.weights.workload.schemes[0]
     dense = functools.cache(lambda: _dense(inputs, l2_bytes))  # made when first needed, then shared
     if scheme.weight_bits == 16:

@@ -11,7 +11,6 @@ the run ends; a second run of the command goes on with the next cell.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
@@ -23,33 +22,24 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from bench.kernel_sets import TRIES, Standing, ranked, standing
+from bench.kernel_sets import TRIES
+from bench.peers.cells import CELL, Cell
 from bench.peers.contenders import OURS, Contender, Entry, Kernels, contenders
 from bench.peers.recorded import roofline_bar
-from bench.peers.roofline import Roofline, roofline
-from bench.peers.routing import Draw, draw_load
-from kernel_gen.kernels import KernelSpec
 from kernel_gen.measure import Inputs, Launch, LaunchError, Weights, verify
-from kernel_gen.select import table_size
 from kernel_gen.sweeping.candidates import Workload
 from kernel_gen.timing import SampleRule, Timing, utc_now
-from profiles import kernels
 from profiles.atomic import replacing
 from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec
 from profiles.kernels import KernelConfig
-from profiles.loads import TokenLoad
-from profiles.models import Linear, model
 from profiles.records import Status
-from profiles.schemes import QuantScheme
 
 RULE = SampleRule(min_samples=10, max_samples=10)
 ROUNDS = 3
-NUM_CONFIGS = 8
 FINALISTS = 2
 """Of our configurations so many take part in the rounds."""
 CLOCKS = ("sm_clock_mhz", "reference_ratio")
-CELL = ("model", "linear", "tokens", "draw", "seed", "scheme")
 
 
 class Clock(Protocol):
@@ -79,88 +69,6 @@ class Device:
     failures: tuple[type[Exception], ...] = (RuntimeError, UserError)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One grouped GEMM: every expert of one linear in one scheme, under one load."""
-
-    model: str
-    linear: Linear
-    tokens: int
-    draw: Draw
-    scheme: QuantScheme
-    seed: int = 0
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The values of the columns CELL."""
-        return (self.model, self.linear.value, self.tokens, self.draw.value, self.seed, self.scheme.name)
-
-    @property
-    def workload(self) -> Workload:
-        """As the sweep has it."""
-        shape = model(self.model)
-        n, k = shape.gemm(self.linear)
-        return Workload(
-            model=self.model,
-            linear=self.linear.value,
-            num_experts=shape.num_experts,
-            n=n,
-            k=k,
-            schemes=(self.scheme,),
-            label=self.scheme.name,
-        )
-
-    @property
-    def load(self) -> TokenLoad:
-        """The tokens of each expert."""
-        shape = model(self.model)
-        return draw_load(self.draw, shape.num_experts, self.tokens, shape.top_k, self.seed)
-
-    @property
-    def roofline(self) -> Roofline:
-        """The launch's least time."""
-        return roofline(self.scheme, self.workload.n, self.workload.k, self.load.tokens_per_expert)
-
-
-def our_configs(
-    cell: Cell, gpu: GpuSpec, recorded: pd.DataFrame, number: int = NUM_CONFIGS, *, built_only: bool = False
-) -> list[KernelConfig]:
-    """At most `number` configurations that may be fastest, in turn: what the latency models rank first for these
-    tokens, and the fastest recorded ones (bench.peers.recorded.read_launches) of this model, linear and scheme at the
-    recorded tokens nearest to the cell's. built_only: of the kernels that the cache has.
-    """
-    work = cell.workload
-    schemes, counts = (cell.scheme,) * work.num_experts, cell.load.tokens_per_expert
-    by_model = [config.name for config in ranked(schemes, work.n, work.k, counts, gpu)]
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(by_model, _recorded_winners(cell, recorded)))
-    configs = [kernels.parse(name) for name in dict.fromkeys(name for name in in_turn if name)]
-    if built_only:
-        configs = [config for config in configs if standing(_spec(cell, config, gpu), gpu) is Standing.MAY_RUN]
-    return configs[:number]
-
-
-def _spec(cell: Cell, config: KernelConfig, gpu: GpuSpec) -> KernelSpec:
-    max_experts = table_size(cell.workload.num_experts)
-    return KernelSpec(config=config, schemes=(cell.scheme,), arch=gpu.arch, max_experts=max_experts)
-
-
-def _recorded_winners(cell: Cell, recorded: pd.DataFrame) -> list[str]:
-    same = recorded[
-        (recorded["schemes"].map(len) == 1)
-        & (recorded["schemes"].str[0] == cell.scheme.name)
-        & (recorded["model"] == cell.model)
-        & (recorded["linear"] == cell.linear.value)
-    ]
-    found: list[str] = []
-    for near in (
-        same[same["tokens"] >= cell.tokens]["tokens"].min(),
-        same[same["tokens"] < cell.tokens]["tokens"].max(),
-    ):
-        at = same[same["tokens"] == near]
-        found += [at.loc[rows["latency_us"].idxmin(), "config"] for _, rows in at.groupby("load")]
-    return list(dict.fromkeys(found))
-
-
 class Shelf:
     """The weights of the last workload, which the next cell may share."""
 
@@ -175,12 +83,6 @@ class Shelf:
             self._device.release()
             self._last = Weights.make(work, self._device.torch_device)
         return self._last
-
-
-def specs_of(cells: Mapping[Cell, Sequence[KernelConfig]], gpu: GpuSpec) -> list[KernelSpec]:
-    """Our kernels that the cells run."""
-    found = (_spec(cell, config, gpu) for cell, configs in cells.items() for config in configs)
-    return list(dict.fromkeys(found))
 
 
 def measure_cell(
@@ -273,7 +175,7 @@ def _row(
         "floor_us": single[1],
         "num_samples": sum(timing.num_samples for timing in timings),
         **{name: statistics.median(getattr(timing, name) for timing in timings) for name in CLOCKS},
-        "fraction": cell.roofline.us / latency,
+        "fraction": cell.roofline_us / latency,
     }
 
 
@@ -304,13 +206,15 @@ def _lost(cell: Cell, contender: Contender, by: Mapping[str, Any], device: Devic
 
 
 def _base(cell: Cell, name: str, config: str, device: Device) -> dict[str, Any]:
+    parts = list(cell.parts.values())
     return {
         **dict(zip(CELL, cell.key, strict=True)),
         "load_source": cell.load.source,
-        "roofline_us": cell.roofline.us,
-        "min_bytes": cell.roofline.min_bytes,
-        "is_memory_bound": cell.roofline.is_memory_bound,
-        "bar": roofline_bar(cell.roofline, cell.tokens),
+        "is_mix": cell.is_mix,
+        "roofline_us": cell.roofline_us,
+        "min_bytes": sum(part.min_bytes for part in parts),
+        "is_memory_bound": all(part.is_memory_bound for part in parts),
+        "bar": math.nan if cell.is_mix else roofline_bar(parts[0], cell.tokens),
         "contender": name,
         "config": config,
         "gpu": device.gpu.name,
@@ -343,7 +247,9 @@ def measure(
 
 
 def read_measured(path: Path) -> pd.DataFrame:
-    """The rows of an earlier run. DataError: not such a file."""
+    """The rows of an earlier run. DataError: no file, or not such a file."""
+    if not path.exists():
+        raise DataError(f"{path} is not there: --measure writes it")
     try:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:

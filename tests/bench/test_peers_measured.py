@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from bench.kernel_sets import Standing
@@ -107,16 +108,16 @@ def device(behaviour: dict[str, str]) -> Any:
 
 
 def cell(scheme: str) -> Any:
-    from bench.peers.measuring import Cell
+    from bench.peers.cells import Cell
 
-    return Cell(model=MODEL, linear=Linear.GATE_UP, tokens=16, draw=Draw.PEERS, scheme=parse(scheme))
+    return Cell(model=MODEL, linear=Linear.GATE_UP, tokens=16, draw=Draw.PEERS, what=parse(scheme))
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench.peers.measuring as measuring
+    import bench.peers.cells as cells
 
-    monkeypatch.setattr(measuring, "model", lambda name: TINY)
+    monkeypatch.setattr(cells, "model", lambda name: TINY)
 
 
 CONFIGS = tuple(map(kernels.parse, (CONFIG, OTHER, "mma_64x8_w4x1x1_s5_k1_at_o4")))
@@ -173,7 +174,7 @@ def test_of_our_configurations_the_fastest_alone_go_on() -> None:
 def test_configurations_come_from_the_model_and_from_recordings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.peers.measuring import our_configs
+    from bench.peers.cells import our_configs
     from profiles.gpus import gpu
 
     recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
@@ -183,9 +184,7 @@ def test_configurations_come_from_the_model_and_from_recordings(
     other = [config.name for config in our_configs(cell("w4a16_g128_sym"), gpu("h200"), recorded, 4)]
     assert len(set(other)) == 4
     known = dict.fromkeys(other[1:3], Standing.MAY_RUN)
-    monkeypatch.setattr(
-        "bench.peers.measuring.standing", lambda spec, gpu: known.get(spec.config.name, Standing.REFUSED)
-    )
+    monkeypatch.setattr("bench.peers.cells.standing", lambda spec, gpu: known.get(spec.config.name, Standing.REFUSED))
     built = our_configs(cell("w4a16_g128_sym"), gpu("h200"), recorded, 4, built_only=True)
     assert {config.name for config in built} == set(other[1:3])
 
@@ -245,15 +244,16 @@ def test_without_a_gpu_a_measured_run_is_refused(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
+    from bench.peers.cells import our_configs
     from bench.peers.measured_report import against_published, best, measured_markdown, of_roofline
-    from bench.peers.measuring import measure, our_configs, read_measured
+    from bench.peers.measuring import measure, read_measured
     from profiles.gpus import gpu
 
     recorded = read_launches([profile(tmp_path / "p.parquet", [record(["w16a16"], 9.0)])])
     path, cells = tmp_path / "measured.parquet", [cell("w16a16"), cell("w4a16_g128_sym")]
     tried = {one: our_configs(one, gpu("h200"), recorded) for one in cells}
-    first = [one.scheme.name for one, _ in measure({cells[0]: tried[cells[0]]}, device({}), path, rounds=1)]
-    second = [one.scheme.name for one, _ in measure(tried, device({}), path, rounds=1)]
+    first = [one.what.name for one, _ in measure({cells[0]: tried[cells[0]]}, device({}), path, rounds=1)]
+    second = [one.what.name for one, _ in measure(tried, device({}), path, rounds=1)]
     assert (first, second) == (["w16a16"], ["w4a16_g128_sym"])
     found = read_measured(path)
     assert CONFIG in set(found[found["scheme"] == "w16a16"]["config"])  # the recorded winner, beside the model's choice
@@ -277,6 +277,83 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     path.write_bytes(b"no Parquet")
     with pytest.raises(DataError, match="remove it"):
         list(measure(tried, device({}), path))
+
+
+def test_what_peers_published_comes_first_and_the_rest_by_lot() -> None:
+    from bench.peers.cells import Cell, Turn, _turn, in_order
+
+    every = [
+        Cell(model=MODEL, linear=linear, tokens=tokens, draw=draw, what=parse(scheme))
+        for linear in Linear
+        for scheme in ("w16a16", "w4a16_g128_sym", "w4a16_g-1_asym")
+        for tokens in (16, 64, 512)
+        for draw in Draw
+    ]
+    ordered = in_order(every)
+    assert sorted(map(str, ordered)) == sorted(map(str, every))
+    assert ordered == in_order(every)  # drawn once
+    turns = [_turn(cell) for cell in ordered]
+    assert turns == sorted(turns)
+    first = [cell for cell in ordered if _turn(cell) is Turn.PUBLISHED]
+    assert {(cell.tokens, cell.what.name) for cell in first} == {
+        (tokens, name) for tokens in (16, 512) for name in ("w16a16", "w4a16_g128_sym")
+    }
+    lot = [cell.workload for cell in ordered if _turn(cell) is Turn.BY_LOT]
+    assert len(set(lot[:6])) == 6  # one of each linear and scheme before a second of any
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_mixed_launch_is_compared_with_its_schemes_alone() -> None:
+    from bench.layer.allocations import allocation
+    from bench.peers.cells import CELL
+    from bench.peers.mixed_report import mixed_markdown
+    from bench.peers.mixes import excesses, mixes_and_parts
+
+    cells = mixes_and_parts([MODEL], [16])
+    mix = next(one for one in cells if one.what == allocation("w4a8/w4a16 fp8"))
+    assert {one.what for one in cells if not one.is_mix} >= set(mix.schemes)
+    assert all(len(set(one.schemes)) > 1 for one in cells if one.is_mix)
+    common = {"status": "ok", "contender": "bitile", "config": CONFIG, "reference_ratio": 1.0, "gpu": "h200"}
+    rows = [
+        {
+            **dict(zip(CELL, one.key, strict=True)),
+            **common,
+            "is_mix": one.is_mix,
+            "latency_us": latency,
+            "fraction": fraction,
+            "error": "",
+            "timestamp": "2026-11-24T00:00:00",
+        }
+        for one in (*(each for each in cells if not each.is_mix), mix)
+        for latency, fraction in ((200.0, 0.25), (100.0, 0.5))
+        if not one.is_mix or latency == 100.0
+    ]
+    found = excesses(pd.DataFrame(rows))
+    parts_us = sum(part.us for part in mix.parts.values()) / 0.5
+    assert list(found["parts_us"]) == pytest.approx([parts_us])
+    assert list(found["excess"]) == pytest.approx([100.0 / parts_us - 1])
+    assert f"{found['excess'][0]:+.1%}" in mixed_markdown(pd.DataFrame(rows), command="it")
+    assert "1 of 1 launches are over the bar" in mixed_markdown(pd.DataFrame(rows), command="it")
+    lacking = excesses(pd.DataFrame([row for row in rows if row["scheme"] != mix.schemes[0].name]))
+    assert math.isnan(lacking["excess"][0])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_mixed_cell_runs_ours_only() -> None:
+    from bench.layer.allocations import allocation
+    from bench.peers.cells import Cell
+    from bench.peers.measuring import Shelf, measure_cell
+
+    fake = device({name.name: "refused" for name in CONFIGS})
+    mix = Cell(model=MODEL, linear=Linear.DOWN, tokens=16, draw=Draw.PEERS, what=allocation("w2/w4/w8 a16"))
+    rows = measure_cell(mix, CONFIGS, fake, Shelf(fake), rounds=1)
+    assert [row["contender"] for row in rows] == ["bitile"] * 3
+    assert all(row["is_mix"] and math.isnan(row["bar"]) for row in rows)
+
+
+def test_nothing_measured_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--report", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'measured.parquet'} is not there: --measure writes it\n"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
