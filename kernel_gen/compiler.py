@@ -7,6 +7,7 @@ architecture.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import re
@@ -28,6 +29,8 @@ from profiles.kernels import Family
 DSL_PACKAGE = "nvidia-cutlass-dsl"
 MAX_MESSAGE = 400
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_installed_version = functools.cache(importlib.metadata.version)
+"""Asked for every kernel that is looked up; reading a package's metadata takes half a millisecond."""
 
 
 class CompileError(BitileError):
@@ -51,7 +54,7 @@ class Artifact:
 def dsl_version() -> str:
     """The version of the compiler, which decides the machine code. UserError when it is not installed."""
     try:
-        return importlib.metadata.version(DSL_PACKAGE)
+        return _installed_version(DSL_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             f"{DSL_PACKAGE} is not installed, so no kernel can be compiled: pip install 'bitile[compile]'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -101,8 +102,10 @@ def _choices(plan: Plan) -> dict[GemmId, tuple[KernelConfig, ...]]:
             for gemm, schemes, counts in launches_of(allocation, cell):
                 fused = Fusion.EPILOGUE in plan.fusions[0] and gemm.linear is Linear.GATE_UP
                 ranking = ranked(schemes, *cell.shape.gemm(gemm.linear), counts, plan.gpu)
-                ranking = tuple(each for each in ranking if _may_run(plan, gemm, schemes, each))
-                groups.setdefault((frozenset(schemes), fused), {})[gemm] = ranking[: 2 * plan.num_configs]
+                first = itertools.islice(
+                    (each for each in ranking if _may_run(plan, gemm, schemes, each)), 2 * plan.num_configs
+                )
+                groups.setdefault((frozenset(schemes), fused), {})[gemm] = tuple(first)
     found: dict[GemmId, tuple[KernelConfig, ...]] = {}
     for rankings in groups.values():
         if plan.built_only:
