@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.device_clock import DeviceClock
+from bench.kernel_sets import progress
 from bench.machine import gpu_name
 
 if gpu_name() is None:
@@ -18,10 +19,9 @@ if gpu_name() is None:
 
 import torch
 
-from kernel_gen.compiler import load_in_process
 from kernel_gen.experts import Experts
 from kernel_gen.kernels import KernelSpec
-from kernel_gen.legality import estimated_facts
+from kernel_gen.library import KernelLibrary
 from kernel_gen.runtime import Kernel, prepare_activations
 from kernel_gen.space import Effort, candidates
 from kernel_gen.sweeping.detect import installed_gpus, matching_gpus
@@ -61,11 +61,11 @@ GPU = this_gpu()
 
 
 def configuration(scheme: QuantScheme, phase: Phase) -> KernelConfig | None:
-    """The first legal one of the quick space with the phase's tile width: the same on every run."""
+    """The first legal one of the quick space with the phase's tile width and whole sums: the same on every run."""
     if GPU is None:
         return None
     legal = candidates((scheme,), GPU, Effort.QUICK)
-    return next((config for config in legal if config.tile.n == phase.tile_n), None)
+    return next((config for config in legal if config.tile.n == phase.tile_n and config.split_k == 1), None)
 
 
 CASES = [
@@ -76,9 +76,22 @@ CASES = [
 ]
 
 
+def spec_of(scheme: QuantScheme, config: KernelConfig) -> KernelSpec:
+    assert GPU is not None
+    return KernelSpec(config=config, schemes=(scheme,), arch=GPU.arch)
+
+
 @pytest.fixture(scope="module")
 def gpu_clock() -> GpuClock:
     return GpuClock()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    """Every case's kernel: what the cache lacks is compiled in parallel."""
+    assert GPU is not None
+    specs = [spec_of(scheme, config) for scheme, _, config in (case.values for case in CASES)]  # type: ignore[arg-type]
+    return KernelLibrary.build(specs, GPU, tmp_path_factory.mktemp("bundle"), track=progress)
 
 
 def launches(scheme: QuantScheme, phase: Phase, kernel: Kernel) -> list[Any]:
@@ -102,11 +115,15 @@ def launches(scheme: QuantScheme, phase: Phase, kernel: Kernel) -> list[Any]:
 @pytest.mark.gpu
 @pytest.mark.benchmark(timer=DEVICE_CLOCK)
 @pytest.mark.parametrize(("scheme", "phase", "config"), CASES)
-def test_kernel(benchmark: Any, gpu_clock: GpuClock, scheme: QuantScheme, phase: Phase, config: KernelConfig) -> None:
-    assert GPU is not None
-    spec = KernelSpec(config=config, schemes=(scheme,), arch=GPU.arch)
-    facts = estimated_facts(config, (scheme,), GPU)
-    kernel = Kernel(spec, load_in_process(spec), ctas_per_sm=facts.ctas_per_sm)
+def test_kernel(
+    benchmark: Any,
+    gpu_clock: GpuClock,
+    library: KernelLibrary,
+    scheme: QuantScheme,
+    phase: Phase,
+    config: KernelConfig,
+) -> None:
+    spec, kernel = spec_of(scheme, config), library.kernel(config, (scheme,))
     to_time = launches(scheme, phase, kernel)
     timings: list[Timing] = []
 

@@ -41,7 +41,8 @@ def build_all(arguments: argparse.Namespace) -> None:
 
 def measure_all(arguments: argparse.Namespace) -> None:
     """Measures every cell of the options that layer.parquet lacks. UserError: no GPU, or options that cannot be."""
-    from bench.layer.device import open_device, this_gpu
+    from bench.gpu import this_gpu
+    from bench.layer.device import open_device
 
     plan = _plan(arguments, this_gpu())
     arguments.out.mkdir(parents=True, exist_ok=True)

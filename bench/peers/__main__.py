@@ -65,11 +65,12 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
     UserError: no GPU that can be used, options that cannot be, a folder that cannot be written.
     """
+    from bench.gpu import this_gpu
     from bench.peers.cells import specs_of
-    from bench.peers.device import check_gpu, open_device
+    from bench.peers.device import open_device
     from bench.peers.measuring import measure
 
-    listed, gpu = _cells(arguments), check_gpu()
+    listed, gpu = _cells(arguments), this_gpu(only=H200.gpu)
     cells = _configs(listed, arguments, gpu)
     path, started = _measured_path(arguments), monotonic_s()
     try:
