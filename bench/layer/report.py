@@ -182,7 +182,8 @@ def markdown(rows: pd.DataFrame, *, command: str) -> str:
         *_section(
             "Choices of fusions",
             f"How many times as fast as with {BASE}: route, gather, swiglu and combine. epilogue adds SwiGLU in the "
-            "first GEMM, overlap programmatic dependent launches, all both. The median, least and most.",
+            "first GEMM, overlap programmatic dependent launches, both both, all the second GEMM's prefetch besides. "
+            "The median, least and most.",
             _choice_medians(choices(rows)),
         ),
         *_section("Mixes: one launch against a launch a scheme", "Microseconds.", [_table(against_split(whole), 2)]),

@@ -220,8 +220,9 @@ def test_parts_and_each_fusion_left_out(device) -> None:
     assert set(rows[rows["allocation"] == ours.PARTS_OF[0]]["part"]) == {
         "",
         *(f"up to {part}" for part in OneLaunch.PARTS),
-        *(f"without {name}" for name in ("route", "gather", "combine", "epilogue", "overlap")),
+        *(f"without {name}" for name in ("route", "gather", "combine", "epilogue", "prefetch")),
         "without swiglu and epilogue",
+        "without overlap and prefetch",
     }
 
 
