@@ -50,7 +50,7 @@ def of_profile(profile: pd.DataFrame, facts: Mapping[str, BuildFacts] | None = N
     if missing:
         raise DataError(f"no features without the profile's columns {', '.join(missing)}")
     out = np.empty((len(profile), len(FEATURES)), dtype=np.float32, order="F")
-    for gpu_name, rows in profile.reset_index(drop=True).groupby("gpu", sort=False):
+    for gpu_name, rows in profile.reset_index(drop=True).groupby("gpu", sort=False, dropna=False):
         uses, loads, use_of, load_of = of_rows(rows, facts or {})
         out[rows.index] = matrix(find_gpu(str(gpu_name)), uses, loads, use_of, load_of)
     return as_frame(out, profile.index)

@@ -73,13 +73,21 @@ def read_profiles(paths: Sequence[Path]) -> pd.DataFrame:
     return pd.concat([ProfileStore(path).records() for path in paths], ignore_index=True)
 
 
+def seed_number(text: str) -> int:
+    """What `--seed` takes. ValueError or ArgumentTypeError, of which argparse makes a sentence."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: it must not be negative")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m costmodel.fit", description="Learn the latency model of a GPU from profiles."
     )
     parser.add_argument("--profile", type=Path, nargs="+", required=True, metavar="FILE", help="profiles (Parquet)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the model's file (.npz)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn while fitting (default 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of what is drawn while fitting (default 0)")
     return parser
 
 

@@ -9,7 +9,10 @@ along their questions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +27,9 @@ FEW_ROWS = 64
 """Up to so many rows go through all trees at once: fewer, larger array operations."""
 
 
-def require(name: str, value: object, holds: bool, expected: str) -> None:
+def require(name: str, value: Any, holds: Callable[[Any], bool], expected: str, kind: type = Real) -> None:
     """ValueError, as scikit-learn's estimators raise, for a parameter that cannot be."""
-    if not holds:
+    if not isinstance(value, kind) or not holds(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
@@ -89,10 +92,10 @@ class Boosting:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no forest can be; MAX_DEPTH's leaves are numbered in a byte."""
-        require("num_trees", self.num_trees, self.num_trees >= 1, "at least 1")
-        require("depth", self.depth, 1 <= self.depth <= MAX_DEPTH, f"1 to {MAX_DEPTH}")
-        require("learning_rate", self.learning_rate, 0 < self.learning_rate <= 1, "above 0 and at most 1")
-        require("l2", self.l2, 0 < self.l2 < np.inf, "above 0, for leaves without rows")
+        require("num_trees", self.num_trees, lambda it: it >= 1, "a whole number of at least 1", Integral)
+        require("depth", self.depth, lambda it: 1 <= it <= MAX_DEPTH, f"a whole number of 1 to {MAX_DEPTH}", Integral)
+        require("learning_rate", self.learning_rate, lambda it: 0 < it <= 1, "above 0 and at most 1")
+        require("l2", self.l2, lambda it: 0 < it < np.inf, "above 0, for leaves without rows")
 
     def fit(
         self, X: Matrix, y: Array, *, asked: npt.NDArray[np.bool_], grows: npt.NDArray[np.bool_], seed: int

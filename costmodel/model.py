@@ -12,6 +12,7 @@ Errors on folds of held-out groups calibrate the intervals (`costmodel.conformal
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Self, overload
 
 import numpy as np
@@ -86,9 +87,9 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             ValueError: as scikit-learn's estimators do, and for a parameter that cannot be or a latency that is not
                 positive.
         """
-        require("slope", self.slope, 0 < self.slope <= 1, "above 0 and at most 1")
-        require("num_folds", self.num_folds, self.num_folds >= 2, "at least 2")
-        require("coverage", self.coverage, 0 < self.coverage < 1, "between 0 and 1")
+        require("slope", self.slope, lambda it: 0 < it <= 1, "above 0 and at most 1")
+        require("num_folds", self.num_folds, lambda it: it >= 2, "a whole number of at least 2", Integral)
+        require("coverage", self.coverage, lambda it: 0 < it < 1, "between 0 and 1")
         X, y = validate_data(self, X, y, dtype=np.float32, order="F", ensure_min_samples=2, y_numeric=True)
         log_us = _log_of(y)
         self._fit_mean(X, log_us)
@@ -106,7 +107,7 @@ class LatencyModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         log_us = self._log_us(X)
         if not return_interval:
             return np.asarray(np.exp(log_us), dtype=np.float64)
-        require("coverage", self.coverage, 0 < self.coverage < 1, "between 0 and 1")
+        require("coverage", self.coverage, lambda it: 0 < it < 1, "between 0 and 1")
         reach = self.conformal_.quantile(_regimes(X), self.coverage)
         return np.exp(log_us), np.exp(log_us - reach), np.exp(log_us + reach)
 

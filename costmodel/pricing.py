@@ -51,19 +51,18 @@ def cost_table(
         configs: candidates of each scheme; without it, those that the model was fitted on.
 
     Raises:
-        SpecError: a model that does not know its GPU, no scheme or load, a load of another number of experts, or a
-            scheme without a configuration.
+        SpecError: an argument of another type, a model that does not know its GPU, no scheme or load, two loads of one
+            name, a load of another number of experts, or a scheme without a configuration.
     """
     if not isinstance(model, FittedModel):
         raise SpecError(f"model: expected a FittedModel, which names its GPU, got a {type(model).__name__}")
-    scenarios = dict(loads) if isinstance(loads, Mapping) else {load.source: load for load in loads}
+    if not isinstance(moe_shape, MoeShape):
+        raise SpecError(f"moe_shape: expected a MoeShape, as profiles.models.model gives, got {moe_shape!r}")
+    if not isinstance(schemes, Sequence) or not all(isinstance(scheme, QuantScheme) for scheme in schemes):
+        raise SpecError(f"schemes: expected a list of what profiles.schemes.parse gives, got {schemes!r}")
+    scenarios = _scenarios(loads, moe_shape)
     if not scenarios or not schemes:
         raise SpecError("a cost table needs at least one load and one scheme")
-    for name, load in scenarios.items():
-        if load.num_experts != moe_shape.num_experts:
-            raise SpecError(
-                f"load {name!r} is of {load.num_experts} experts, {moe_shape.name} has {moe_shape.num_experts}"
-            )
     gpu = find_gpu(model.gpu)
     frames = []
     for linear in Linear:
@@ -75,6 +74,26 @@ def cost_table(
         ]
         frames.append(_priced(model, gpu, moe_shape.name, linear.value, uses, scenarios))
     return CostTable(fastest(pd.concat(frames, ignore_index=True)))
+
+
+def _scenarios(loads: Mapping[str, TokenLoad] | Sequence[TokenLoad], moe_shape: MoeShape) -> dict[str, TokenLoad]:
+    """The loads by name, checked."""
+    if not isinstance(loads, Mapping | Sequence):
+        raise SpecError(f"loads: expected a list of TokenLoad, or a mapping from names to them, got {loads!r}")
+    named = list(
+        loads.items() if isinstance(loads, Mapping) else ((getattr(each, "source", ""), each) for each in loads)
+    )
+    found: dict[str, TokenLoad] = {}
+    for name, load in named:
+        if not isinstance(load, TokenLoad) or not isinstance(name, str):
+            raise SpecError(f"loads: expected names and TokenLoads, got {load!r} under {name!r}")
+        if load.num_experts != moe_shape.num_experts:
+            raise SpecError(
+                f"load {name!r} is of {load.num_experts} experts, {moe_shape.name} has {moe_shape.num_experts}"
+            )
+        if found.setdefault(name, load) != load:
+            raise SpecError(f"loads: two different ones are called {name!r}; give a mapping from names to them")
+    return found
 
 
 def _candidates(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from costmodel import model_file
-from costmodel.fit import read_profiles
+from costmodel.fit import read_profiles, seed_number
 from costmodel.recalibration import ENOUGH_ROWS, MIN_ROWS, Recalibration, recalibrate
 from costmodel.sessions import usable
 from profiles.errors import UserError
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the profiles that the model was fitted on: the same launch compares better than a prediction",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the corrected model's file (.npz)")
-    parser.add_argument("--seed", type=int, default=0, help="of the test's draws (default 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the test's draws (default 0)")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     return parser
 

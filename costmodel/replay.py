@@ -11,6 +11,7 @@ launch's best measured configuration, or the analytic core's pick where fewer th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import optuna
 
 from costmodel import worth_check
-from costmodel.fit import read_profiles
+from costmodel.fit import read_profiles, seed_number
 from costmodel.guide import Belief, Candidates, Guide, best_rows
 from costmodel.recorded import Recorded, recorded
 from costmodel.replay_report import markdown, plot
@@ -107,6 +107,8 @@ def grid(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief 
 
 def tpe(data: Recorded, batch: int, seed: int) -> Iterator[tuple[Codes, Belief | None]]:
     """Optuna's TPE, a study a launch, each asked in turn."""
+    import optuna  # `main` has said so where it is missing
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     launches = data.candidates.launches
     order = np.random.default_rng(seed).permutation(np.unique(launches))
@@ -186,8 +188,13 @@ def _best_measured(candidates: Candidates, measured: Mask, latency_us: Array, co
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for a user's mistake, whose sentence goes to stderr."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.max_share <= 1:
+        parser.error(f"--max-share {arguments.max_share}: a share above 0 and at most 1 is needed")
     try:
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError("replay compares with Optuna's TPE, not installed here: pip install 'bitile[allocator]'")
         rows = usable(read_profiles(arguments.profile))
         require_writable(arguments.out)
         models = recorded(rows, seed=arguments.seed)
@@ -242,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-share", type=float, default=MAX_SHARE, help=f"of all rows, to measure at most (default {MAX_SHARE})"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import tempfile
@@ -18,8 +19,10 @@ def replacing(path: Path) -> Iterator[Path]:
     exception.
 
     With an exception, `path` is as it was and the temporary file is gone. Two writers do not meet: the name is
-    random.
+    random. IsADirectoryError for a path that names no file, such as "." or "/".
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
     try:
         yield temporary

@@ -22,7 +22,9 @@ from profiles.records import SCHEMA_VERSION
 
 
 def journal_path(path: Path) -> Path:
-    """The journal of a profile's Parquet file."""
+    """The journal of a profile's Parquet file. DataError for a path that names no file, such as "." or "/"."""
+    if not path.name:
+        raise DataError(f"{path}: a folder; give a profile's Parquet file")
     return path.with_name(f"{path.name}.journal")
 
 

@@ -150,6 +150,9 @@ def test_replay_command(rows: pd.DataFrame, tmp_path: Path, capsys: pytest.Captu
     assert "| the analytic model's pick | 6 |" in out
     assert replay_command.main(["--profile", str(tmp_path / "no.parquet"), "--out", str(tmp_path)]) == 2
     assert "no such profile" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        replay_command.main(["--profile", "x", "--out", str(tmp_path), "--max-share", "nan"])
+    assert "--max-share nan: a share above 0 and at most 1 is needed" in capsys.readouterr().err
 
 
 def test_too_little_is_refused(rows: pd.DataFrame) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -154,6 +156,11 @@ def test_occupancy_is_the_builds_where_it_is_known(rows: pd.DataFrame) -> None:
         features.of_profile(some)
 
 
+def test_a_row_without_a_gpu_is_refused(rows: pd.DataFrame) -> None:
+    with pytest.raises(SpecError, match="unknown GPU 'nan'"):
+        features.of_profile(rows.iloc[:3].assign(gpu=["h200", None, "h200"]))
+
+
 def test_file_round_trip(fitted: FittedModel, rows: pd.DataFrame, tmp_path: Path) -> None:
     path = tmp_path / "model.npz"
     model_file.write(path, fitted)
@@ -226,6 +233,20 @@ def test_cost_table_takes_the_predicted_best(fitted: FittedModel) -> None:
         pricing.cost_table(fitted, shape, loads, [schemes.parse("w2a16_g128_sym")])
     with pytest.raises(SpecError, match="model: expected a FittedModel, which names its GPU, got a LatencyModel"):
         pricing.cost_table(fitted.model, shape, loads, some)  # type: ignore[arg-type]
+    few, many = (dataclasses.replace(load, source="trace") for load in loads.values())
+    for wrong, says in (
+        ({"moe_shape": "mixtral-8x7b"}, "moe_shape: expected a MoeShape, .*, got 'mixtral-8x7b'"),
+        ({"schemes": some[0]}, "schemes: expected a list of .*, got QuantScheme"),
+        ({"schemes": [SCHEMES[0]]}, rf"schemes: expected a list of .*, got \['{SCHEMES[0]}'\]"),
+        ({"loads": few}, "loads: expected a list of TokenLoad, .*, got TokenLoad"),
+        ({"loads": {"decode": [1] * 8}}, "loads: expected names and TokenLoads, got .* under 'decode'"),
+        ({"loads": ["zipf"]}, "loads: expected names and TokenLoads, got 'zipf'"),
+        ({"loads": [few, many]}, "loads: two different ones are called 'trace'; give a mapping"),
+    ):
+        arguments: dict[str, Any] = {"moe_shape": shape, "loads": loads, "schemes": some}
+        with pytest.raises(SpecError, match=says):
+            pricing.cost_table(fitted, **(arguments | wrong))
+    assert len(pricing.cost_table(fitted, shape, [few, few], some)) == 2 * 2
 
 
 def test_a_file_with_flipped_bits_is_refused(fitted: FittedModel, tmp_path: Path) -> None:

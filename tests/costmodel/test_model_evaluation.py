@@ -136,6 +136,13 @@ def test_commands(stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for command in (fit_command, evaluate_command):
         assert command.main(["--profile", str(tmp_path / "no.parquet"), "--out", str(tmp_path / "x")]) == 2
         assert "no such profile" in capsys.readouterr().err
+        assert command.main(["--profile", "/", "--out", str(tmp_path / "x")]) == 2
+        assert capsys.readouterr().err == "error: /: a folder; give a profile's Parquet file\n"
+    assert fit_command.main(["--profile", str(stored), "--out", "."]) == 2
+    assert capsys.readouterr().err == "error: .: cannot be written (Is a directory)\n"
+    with pytest.raises(SystemExit, match="2"):
+        fit_command.main(["--profile", str(stored), "--out", str(tmp_path / "x"), "--seed", "-1"])
+    assert "--seed: -1: it must not be negative" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(

@@ -22,11 +22,12 @@ def test_conventions(estimator: Any, check: Any) -> None:
     [
         *(("num_trees", 0), ("depth", 0), ("depth", 9), ("learning_rate", 0.0), ("learning_rate", 1.5), ("l2", 0.0)),
         *(("l2", np.nan), ("slope", 0.0), ("slope", 1.1), ("num_folds", 1), ("coverage", 0.0), ("coverage", 1.0)),
+        *(("num_trees", 2.5), ("num_trees", "2"), ("depth", None), ("slope", "1"), ("num_folds", 2.0)),
     ],
 )
-def test_parameters_that_cannot_be_are_named(name: str, value: float) -> None:
+def test_parameters_that_cannot_be_are_named(name: str, value: object) -> None:
     X, y = np.random.default_rng(0).random((20, 3)), np.full(20, 7.0)
-    with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}$"):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value!r}$"):
         LatencyModel(**{"num_trees": 2, name: value}).fit(X, y)
 
 

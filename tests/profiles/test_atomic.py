@@ -31,6 +31,12 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_a_folder(path: str) -> None:
+    with pytest.raises(IsADirectoryError, match="Is a directory"), replacing(Path(path)):
+        pytest.fail("there is nothing to write")
+
+
 def test_leftovers_of_one_file_are_removed(tmp_path: Path) -> None:
     path, kept = tmp_path / "file", [".file2.ab.tmp", ".other.ab.tmp", "file", "file.tmp"]
     for name in (".file.ab.tmp", ".file.cd.tmp", *kept):
