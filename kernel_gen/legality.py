@@ -198,6 +198,8 @@ def _wgmma_structure_reasons(config: KernelConfig) -> Iterator[str]:
     warpgroups, left_over = divmod(warps.m, WARPS_PER_WARPGROUP)
     if warps.n != 1:
         yield f"{warps.n} warps along tokens: a wgmma has all tile.n tokens, warps.n is 1"
+    if config.num_stages == 2 and min(config.token_widths) <= smem_wgmma.WARPS_UP_TO_TOKENS:
+        yield f"2 stages: tiles of {smem_wgmma.WARPS_UP_TO_TOKENS} tokens hold two while a third is filled"
     if left_over or not 1 <= warpgroups <= MAX_CONSUMER_WARPGROUPS:
         yield f"{warps.m} warps along rows: a wgmma takes warpgroups of {WARPS_PER_WARPGROUP}, so 4, 8 or 12 warps"
     elif tile.m % (UNIT_ROWS * warpgroups):

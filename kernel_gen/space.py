@@ -82,6 +82,7 @@ class QuickPick:
     family: Family = Family.MMA
     beside_wgmma: bool = False
     tails: tuple[int, ...] = (0,)
+    cluster: int = 1
     split_k: int = 1
 
 
@@ -93,6 +94,7 @@ def _wgmma(
     max_stages: int,
     *,
     tail: int = 0,
+    cluster: int = 1,
     split_k: int = 1,
 ) -> QuickPick:
     """With a tail where the registers allow the k loops for it, else without."""
@@ -104,6 +106,7 @@ def _wgmma(
         ctas_per_sm=ctas_per_sm,
         max_stages=max_stages,
         tails=(tail, 0) if tail else (0,),
+        cluster=cluster,
         split_k=split_k,
     )
 
@@ -122,8 +125,8 @@ MMA_PICKS = (
     QuickPick(tile_m=128, tile_n=256, warps_m=2, warps_n=4, ctas_per_sm=(1,), max_stages=4),
 )
 WGMMA_PICKS = (
-    _wgmma(128, 16, 1, (3,), 8, split_k=4),
-    _wgmma(256, 16, 2, (2,), 6, split_k=2),
+    _wgmma(128, 8, 1, (3,), 8, split_k=4),
+    _wgmma(256, 8, 2, (2,), 8, split_k=2),
     _wgmma(64, 8, 1, (4, 3, 2), 8),
     _wgmma(128, 8, 1, (3, 2), 8),
     _wgmma(192, 8, 1, (3, 2), 8),
@@ -140,10 +143,11 @@ WGMMA_PICKS = (
     _wgmma(128, 64, 2, (2, 1), 6, tail=16),
     _wgmma(256, 64, 2, (1,), 6, tail=16),
     _wgmma(128, 128, 2, (1,), 5, tail=32),
+    _wgmma(128, 128, 2, (1,), 5, tail=32, cluster=2),
     _wgmma(128, 192, 2, (1,), 5, tail=48),
     _wgmma(256, 128, 2, (1,), 4),
     _wgmma(256, 128, 2, (1,), 5, tail=32),
-    _wgmma(128, 256, 2, (1,), 5, tail=64),
+    _wgmma(128, 256, 2, (1,), 5, tail=64, cluster=2),
     _wgmma(256, 160, 2, (1,), 4),
 )
 """Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing: so split-K of 16-bit
@@ -328,6 +332,7 @@ def _members(pick: QuickPick) -> Iterator[KernelConfig]:
                 stages,
                 pick.raster,
                 ctas,
+                cluster=pick.cluster,
                 tail=tail,
                 split_k=pick.split_k,
             )

@@ -52,7 +52,14 @@ class SyncMainloop(WgmmaMainloop):
 
     @cute.jit
     def multiply_all(self, ring, total, zeros, k_tiles, stage, phase, blocks):
-        """total += weights x tokens; the next k-tile is read before this one is multiplied."""
+        """total += weights x tokens; the next k-tile is read before this one is multiplied.
+
+        A stage is released behind the wait for the stage that its registers hold next. An arrival does not wait for
+        loads that were issued before it, nor for what uses them: released right behind its loads, a stage was now and
+        then written over before they were served. No instruction passes a wait, and what is behind it overwrites the
+        registers, so that the loads are done there. Two stages are held while a third is waited for. Where no wait
+        follows, a fence waits for the loads.
+        """
         part = total
         if const_expr(self.sums_apart):
             part = self.sums(None, Float32)
@@ -60,36 +67,39 @@ class SyncMainloop(WgmmaMainloop):
         consts = self.weights.constants()
         even, odd = self.register_set(), self.register_set()
         even_stage, odd_stage = stage, stage
-        stage, phase = self.read(ring, even, stage, phase, blocks)
+        self.wait(ring, stage, phase)
+        self.read(ring, even, stage, blocks)
+        stage, phase = self.advance(ring, stage, phase)
         for pair in cutlass.range((k_tiles + 1) // 2, unroll=1):
             whole = pair * 2 + 1 < k_tiles
             if whole:
+                self.wait(ring, stage, phase)
+                if pair > 0:
+                    self.release(ring, odd_stage)
                 odd_stage = stage
-                stage, phase = self.read(ring, odd, stage, phase, blocks)
+                self.read(ring, odd, stage, blocks)
+                stage, phase = self.advance(ring, stage, phase)
             self.multiply_tile(part, ones, consts, even, True)
             factors = self.factors(even, zeros)
             if const_expr(self.ends_each_tile):
                 self.add_part(total, part, ones, factors)
-            self.release_read(ring, even_stage)
             if whole:
                 if pair * 2 + 2 < k_tiles:
+                    self.wait(ring, stage, phase)
+                    self.release(ring, even_stage)
                     even_stage = stage
-                    stage, phase = self.read(ring, even, stage, phase, blocks)
+                    self.read(ring, even, stage, blocks)
+                    stage, phase = self.advance(ring, stage, phase)
                 self.multiply_tile(part, ones, consts, odd, self.ends_each_tile)
                 if const_expr(self.ends_each_tile):
                     self.add_part(total, part, ones, self.factors(odd, zeros))
-                self.release_read(ring, odd_stage)
             if const_expr(self.sums_apart and not self.ends_each_tile):
                 self.add_part(total, part, ones, factors)
-        return stage, phase
-
-    @cute.jit
-    def release_read(self, ring, stage):
-        """Release a stage whose words and tokens have been multiplied. An arrival does not wait for loads that were
-        issued before it: released right after its loads, a stage was now and then written over before they were served.
-        """
         ptx.fence_reads()
-        self.release(ring, stage)
+        self.release(ring, even_stage)
+        if k_tiles > 1:
+            self.release(ring, odd_stage)
+        return stage, phase
 
     def sums(self, mma, kind):
         """Registers for the tile's sums, numbered as a wgmma's."""
@@ -104,12 +114,11 @@ class SyncMainloop(WgmmaMainloop):
         )
 
     @cute.jit
-    def read(self, ring, registers, stage, phase, blocks):
-        """Wait for a stage and read it. Returns the ring's next stage and phase."""
+    def read(self, ring, registers, stage, blocks):
+        """A stage that is full, to registers."""
         start, arrays, _ = ring
         words, tokens, strips = registers
         group, warp, lane = blocks
-        self.wait(ring, stage, phase)
         at_w, at_s = self.addresses(ring, stage)
         for m in cutlass.range_constexpr(self.m_units):
             block = (m * self.groups + group) * 4 + warp
@@ -127,7 +136,6 @@ class SyncMainloop(WgmmaMainloop):
                 got = ptx.ldmatrix_x4(at_x + n * (TOKENS * TOKEN_ROW_BYTES) + (chunk ^ (half * 64)))
                 for i in cutlass.range_constexpr(4):
                     tokens[4 * half + i, n] = got[i]
-        return self.advance(ring, stage, phase)
 
     @cute.jit
     def multiply_tile(self, part, ones, consts, registers, starts: cutlass.Constexpr):

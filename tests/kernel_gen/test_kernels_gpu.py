@@ -132,6 +132,7 @@ FULL = [
                 "wgmma_128x8_w4x1x1_s8_k1_at_o3",
                 "wgmma_128x8_w4x1x1_s8_k4_at_o3",
                 "wgmma_64x8_w4x1x1_s8_k1_at_o4",
+                "wgmma_64x8_w4x1x1_s3_k1_at_o4",
                 "wgmma_256x8_w8x1x1_s6_k2_at_o2",
                 "wgmma_128x16_w4x1x1_s8_k1_at_o3_t8",
                 "wgmma_128x16_w4x1x1_s6_k4_at_o3",

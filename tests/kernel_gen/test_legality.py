@@ -134,6 +134,7 @@ def test_one_small_tile_is_legal_for_every_scheme_on_ada(scheme: schemes.QuantSc
             "smem 454.1 KiB > 227 KiB per block on h200",
         ),
         ("wgmma_128x16_w8x1x1_s1_k1_at_o1", "w4a16_g128_sym", "h200", "1 stages: the pipeline needs at least 2"),
+        ("wgmma_128x16_w8x1x1_s2_k1_at_o1_t8", "w4a16_g128_sym", "h200", "2 stages: tiles of 8 tokens hold two"),
         (
             "wgmma_256x128_w8x1x1_s5_k1_at_o1",
             "w16a16",

@@ -50,7 +50,7 @@ def test_quick_on_hopper_has_the_few_token_kernels_that_measured_fastest() -> No
     """Split-K of weights below 16 bits; 16-token tiles whose last one may have 8."""
     for name in ("w2a16_g128_asym", "w3a16_g-1_sym", "w4a16_g128_sym", "w4a8_g128_sym_e4m3"):
         legal = candidates([schemes.parse(name)], gpu("h200"), Effort.QUICK)
-        assert {(c.tile.m, c.tile.n, c.split_k) for c in legal if c.split_k > 1} == {(128, 16, 4), (256, 16, 2)}
+        assert {(c.tile.m, c.tile.n, c.split_k) for c in legal if c.split_k > 1} == {(128, 8, 4), (256, 8, 2)}
         assert {c.tile.m for c in legal if c.tail == 8 and c.tile.n == 16} == {128, 256}
     assert {c.split_k for c in candidates([schemes.parse("w16a16")], gpu("h200"), Effort.QUICK)} == {1}
 
