@@ -13,6 +13,10 @@ robust       `python -m allocator.robust`, over robustness: regret under other l
 tune         `python -m allocator.tune`, over tuning (its stages), stages (their cache), scenarios (loads and latencies)
 """
 
+from profiles.interrupt import end_at_once
+
+end_at_once("allocator")
+
 from allocator.allocate import Options, allocate
 from allocator.allocation import Allocation, Granularity
 from allocator.arrays import InfeasibleError, Solution, solve_arrays

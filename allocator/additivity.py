@@ -13,6 +13,7 @@ from allocator.json_file import write_json
 from allocator.sensitivity import Sensitivity
 from profiles import schemes
 from profiles.errors import SpecError
+from profiles.interrupt import interruptible
 
 if TYPE_CHECKING:
     from allocator.calibration.additivity import Additivity
@@ -129,4 +130,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from allocator import command
 from allocator.json_file import write_json
 from profiles import schemes
+from profiles.interrupt import interruptible
 
 if TYPE_CHECKING:
     from allocator.calibration.sensitivities import Calibration
@@ -130,4 +131,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

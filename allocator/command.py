@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.extras import require_models
 from profiles.errors import SpecError, UserError
+from profiles.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
     from allocator.calibration.data import Sequences
@@ -41,7 +42,7 @@ def run(
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(json.dumps(outcome.summary) if arguments.json else outcome.text)
     return 0
 

@@ -34,6 +34,7 @@ from kernel_gen.sweeping.predict import package_version
 from profiles import gpus
 from profiles.errors import DataError, SpecError, UserError
 from profiles.gpus import GpuSpec
+from profiles.interrupt import interruptible
 from profiles.kernels import KernelConfig
 from profiles.loads import TokenLoad, read_trace
 from profiles.models import MoeShape, find_model
@@ -365,4 +366,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

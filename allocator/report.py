@@ -21,6 +21,7 @@ from costmodel.table import CostTable
 from profiles import schemes
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
+from profiles.interrupt import interruptible
 from profiles.models import MoeShape, find_model
 
 
@@ -101,4 +102,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -16,6 +16,7 @@ from allocator.robustness import latency_regrets, loss_regrets, minimise_worst_c
 from allocator.sensitivity import Sensitivity
 from costmodel.table import CostTable
 from profiles.errors import SpecError, UserError
+from profiles.interrupt import interruptible
 from profiles.loads import read_trace
 from profiles.models import find_model
 
@@ -98,4 +99,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -17,6 +17,7 @@ from allocator.sensitivity import Sensitivity
 from costmodel.table import CostTable
 from profiles import schemes
 from profiles.errors import SpecError, UserError
+from profiles.interrupt import interruptible
 from profiles.models import LinearId, find_model
 from profiles.schemes import QuantScheme
 
@@ -227,4 +228,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocator import command
 from profiles.errors import SpecError
+from profiles.interrupt import interruptible
 from profiles.loads import write_trace
 
 if TYPE_CHECKING:
@@ -102,4 +103,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -19,11 +19,11 @@ from allocator.tuning_plan import STUDY_TRIALS, Plan, Tuned
 from allocator.verify import Finalist
 from profiles import gpus, schemes
 from profiles.errors import DataError, SpecError, UserError
+from profiles.interrupt import INTERRUPTED, interruptible
 
 if TYPE_CHECKING:
     from kernel_gen.sweeping.measuring import Bench
 
-INTERRUPTED = 130
 _LATENCIES = "predicted of launches / measured"
 CALIBRATION_FILE, HELD_OUT_FILE = "calibration.txt", "held_out.txt"
 
@@ -216,4 +216,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

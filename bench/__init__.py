@@ -2,3 +2,7 @@
 
 `make bench` runs the suites that this machine can run and compares them with `bench/baselines/<machine kind>.json`.
 """
+
+from profiles.interrupt import end_at_once
+
+end_at_once("bench")

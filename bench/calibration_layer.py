@@ -32,6 +32,7 @@ from allocator.calibration.sensitivities import calibrate
 from bench.evaluate import write_text
 from profiles import schemes
 from profiles.errors import UserError
+from profiles.interrupt import interruptible
 
 VOCABULARY = 4096
 STAGES: dict[str, list[tuple[Any, str]]] = {
@@ -152,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from profiles.errors import DataError, UserError
+from profiles.interrupt import interruptible
 
 BASELINES = Path(__file__).parent / "baselines"
 DEFAULT_FLOOR = 0.15
@@ -248,4 +249,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

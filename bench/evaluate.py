@@ -24,6 +24,7 @@ from bench.evaluation import Evaluator
 from profiles import schemes
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
+from profiles.interrupt import interruptible
 from profiles.models import LinearId
 from profiles.schemes import QuantScheme
 
@@ -167,4 +168,4 @@ def write_text(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -27,6 +27,7 @@ from bench.present import latency_model
 from bench.study_problem import sensitivity
 from profiles import schemes
 from profiles.errors import UserError
+from profiles.interrupt import interruptible
 from profiles.loads import TokenLoad, log_normal, write_trace
 from profiles.models import MoeShape, model
 from profiles.schemes import QuantScheme
@@ -99,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

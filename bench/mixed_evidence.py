@@ -23,6 +23,7 @@ from bench.evaluation import Evaluator, average_bits
 from bench.paper_variants import WEIGHT_ACTIVATION, WEIGHT_ONLY, Blend, Uniform, assignment_of
 from profiles import schemes
 from profiles.errors import UserError
+from profiles.interrupt import interruptible
 from profiles.schemes import QuantScheme
 
 QUANTIZER = Quantizer(method=Method.GPTQ, clip=True, rotate=True)
@@ -176,4 +177,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -27,6 +27,7 @@ from bench.evaluation import Evaluation, Evaluator
 from bench.machine import cpu_name, gpu_name
 from bench.paper_variants import VARIANTS, Mixed, Uniform, Variant, assignment_of
 from profiles.errors import DataError, UserError
+from profiles.interrupt import interruptible
 
 KIND = "bitile paper table"
 WIDTH = 120
@@ -215,4 +216,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -40,6 +40,7 @@ from costmodel.table import CostTable
 from profiles import schemes
 from profiles.errors import DataError, SpecError, UserError
 from profiles.gpus import gpu
+from profiles.interrupt import interruptible
 from profiles.loads import TokenLoad, read_trace
 from profiles.models import MoeShape, find_model
 from profiles.schemes import QuantScheme
@@ -294,4 +295,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

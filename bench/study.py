@@ -27,6 +27,7 @@ from bench.study_baselines import NOTHING, Outcome, best_uniform, direct, outcom
 from bench.study_problem import METRIC, MODEL, SCENARIOS, SETTINGS, Setting, study_evaluator
 from profiles.atomic import replacing
 from profiles.errors import SpecError, UserError
+from profiles.interrupt import interruptible
 
 TIE = 1e-4
 """Relative difference below which values are level: a trial solves to 0.01%."""
@@ -247,4 +248,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -30,11 +30,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from profiles.interrupt import end_at_once
+
 if TYPE_CHECKING:
     from costmodel.model import LatencyModel
     from costmodel.model_file import FittedModel
     from costmodel.pricing import cost_table
     from costmodel.table import CostTable
+
+end_at_once("costmodel")
 
 _HOMES = {
     "CostTable": "costmodel.table",

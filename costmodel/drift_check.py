@@ -30,6 +30,7 @@ from profiles.atomic import replacing, require_writable
 from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec
 from profiles.gpus import gpu as find_gpu
+from profiles.interrupt import interruptible
 
 Array = npt.NDArray[np.float64]
 _DEGREES, _SCALE = 2.0, 0.007
@@ -210,4 +211,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

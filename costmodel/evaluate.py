@@ -13,6 +13,7 @@ from costmodel.groups import HeldOut
 from costmodel.report import as_json, write_report
 from profiles.atomic import require_writable
 from profiles.errors import UserError
+from profiles.interrupt import interruptible
 
 MIN_FOLDS = 2
 
@@ -64,4 +65,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

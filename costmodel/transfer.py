@@ -19,6 +19,7 @@ from costmodel.sessions import finished, usable
 from costmodel.table import CostTable
 from costmodel.transfer_model import TransferModel, bottlenecks
 from profiles.errors import DataError, UserError
+from profiles.interrupt import interruptible
 from profiles.kernels import Family
 
 Array = npt.NDArray[np.float64]
@@ -149,4 +150,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -18,12 +18,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from profiles.interrupt import end_at_once
+
 if TYPE_CHECKING:
     from kernel_gen.bundle import load_bundle
     from kernel_gen.experts import Experts
     from kernel_gen.library import KernelLibrary
     from kernel_gen.moe import Fusion, MoELayer, grouped_gemm
     from kernel_gen.runtime import prepare_activations
+
+end_at_once("kernel_gen")
 
 _HOMES = {
     "Experts": "kernel_gen.experts",

@@ -31,6 +31,7 @@ from profiles import schemes
 from profiles.atomic import require_writable
 from profiles.errors import SpecError, UnsupportedError, UserError
 from profiles.gpus import GpuSpec, gpu
+from profiles.interrupt import INTERRUPTED, interruptible
 from profiles.kernels import KernelConfig
 from profiles.models import MoeShape, find_model
 from profiles.records import Status
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("kernel_gen.build: interrupted; finished kernels are kept, the same command continues", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _run(request: BuildRequest, *, explain: bool, as_json: bool) -> int:
@@ -295,4 +296,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

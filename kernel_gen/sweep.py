@@ -26,13 +26,12 @@ from kernel_gen.sweeping.measuring import Bench, wanted
 from kernel_gen.sweeping.plan import Cell, SweepRequest, plan
 from kernel_gen.sweeping.run import SweepResult
 from profiles.errors import DataError, SpecError, UserError
+from profiles.interrupt import INTERRUPTED, interruptible
 from profiles.records import Source
 
 if TYPE_CHECKING:
     from kernel_gen.sweeping.guided import Outcome
 
-INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
 
 MAX_FAILURES_SHOWN = 5
 
@@ -202,4 +201,4 @@ def show(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -15,3 +15,7 @@ Nothing here needs torch, CUTLASS or a GPU. Every other package imports this one
 | `parquet_file` | reading any Parquet file, verified |
 | `places` | where profiles that come with the package are, and the cache |
 """
+
+from profiles.interrupt import end_at_once
+
+end_at_once("profiles")

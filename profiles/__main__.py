@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from profiles.errors import DataError, UserError
+from profiles.interrupt import interruptible
 from profiles.journal import journal_path
 from profiles.store import ProfileStore, merge
 
@@ -59,4 +60,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -22,6 +22,7 @@ from allocator.verify import verify
 from costmodel.table import CostTable
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
+from profiles.interrupt import interruptible
 from profiles.models import find_model
 
 CALIBRATION_FILE = "calibration.txt"
@@ -209,4 +210,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

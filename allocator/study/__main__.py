@@ -26,6 +26,7 @@ from costmodel import model_file
 from costmodel.table import CostTable
 from profiles import schemes
 from profiles.errors import SpecError, UserError
+from profiles.interrupt import INTERRUPTED, interruptible
 from profiles.models import MoeShape, find_model
 from profiles.store import ProfileStore
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
     from allocator.study.evaluate import Evaluator
     from allocator.study.run import Settings
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,4 +288,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -22,6 +22,7 @@ from profiles import gpus
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
 from profiles.gpus import GpuSpec
+from profiles.interrupt import interruptible
 from profiles.models import model
 
 OUT = Path("docs/layer")
@@ -174,4 +175,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

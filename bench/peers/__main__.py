@@ -24,6 +24,7 @@ from profiles import gpus, schemes
 from profiles.atomic import replacing
 from profiles.errors import DataError, SpecError, UserError
 from profiles.gpus import GpuSpec
+from profiles.interrupt import interruptible
 from profiles.kernels import KernelConfig
 from profiles.models import Linear, model
 from profiles.schemes import QuantScheme
@@ -270,4 +271,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -24,6 +24,7 @@ from bench.tiny_moe.report import expert_loads, perplexities, summary, windows
 from bench.tiny_moe.train import Progress as TrainingProgress
 from bench.tiny_moe.train import Trainer
 from profiles.errors import DataError, SpecError, UserError
+from profiles.interrupt import interruptible
 
 
 def train_model(
@@ -178,4 +179,4 @@ def _positive(name: str, value: float) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))
