@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernel_gen.formats import PackedWeights, pack, quantize, unpack
+from kernel_gen.formats import PackedWeights, pack, quantize, require_weights, unpack
 from profiles.errors import SpecError
 from profiles.schemes import QuantScheme
 
@@ -54,9 +54,11 @@ class Experts:
         """Quantise (round to nearest) and pack float weights [E, N, K], on their device; one scheme for all experts, or
         one each. SpecError for other shapes and types, DataError for weights that are not finite.
         """
-        if not isinstance(weights, Tensor) or weights.dim() != 3:
-            came = list(weights.shape) if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
-            raise SpecError(f"weights: expected a tensor of floats [E, N, K], got {came}")
+        if not isinstance(weights, Tensor):
+            raise SpecError(f"weights: expected a tensor of floats [E, N, K], got a {type(weights).__name__}")
+        require_weights(weights)
+        if not isinstance(schemes, Iterable | QuantScheme):
+            raise SpecError(f"schemes: expected those of profiles.schemes.parse, got {schemes!r}")
         per_expert = [schemes] * len(weights) if isinstance(schemes, QuantScheme | str) else list(schemes)
         if other := [scheme for scheme in per_expert if not isinstance(scheme, QuantScheme)]:
             raise SpecError(f"schemes: expected those of profiles.schemes.parse, got {other[0]!r}")
@@ -149,6 +151,10 @@ def _addresses(stack: PackedWeights | None) -> list[int]:
 
 
 def _check_stacks(stacks: Sequence[PackedWeights], members: Sequence[Sequence[int]]) -> None:
+    if not isinstance(stacks, Sequence) or not all(isinstance(stack, PackedWeights) for stack in stacks):
+        raise SpecError(f"stacks: expected a list of what kernel_gen.formats.pack gives, got a {type(stacks).__name__}")
+    if not isinstance(members, Sequence) or not all(isinstance(experts, Sized) for experts in members):
+        raise SpecError(f"members: expected a list of experts for each stack, got {members!r}")
     if not stacks or len(stacks) != len(members):
         raise SpecError(
             f"stacks: expected one or more, with as many lists of experts, got {len(stacks)} and {len(members)}"

@@ -36,6 +36,10 @@ class KernelLibrary:
     """
 
     def __init__(self, gpu: GpuSpec, bundle: Bundle | None = None) -> None:
+        if not isinstance(gpu, GpuSpec):
+            raise SpecError(f"gpu: expected what profiles.gpus.gpu gives, got {gpu!r}")
+        if isinstance(bundle, str | Path):
+            raise SpecError(f"bundle: expected what kernel_gen.load_bundle gives, got {bundle!r}")
         if bundle is not None and bundle.gpu.arch != gpu.arch:
             raise SpecError(f"bundle: expected kernels for {gpu.arch}, got {bundle.gpu.arch} ({bundle.path})")
         self.gpu, self.bundle = gpu, bundle
@@ -105,17 +109,20 @@ class KernelLibrary:
         prefetch: bool = False,
     ) -> Kernel:
         """A certain kernel. UnsupportedError if the bundle lacks it, or the gate refuses what was compiled, with its
-        reasons.
+        reasons; SpecError for what no kernel can be.
         """
-        spec = KernelSpec(
-            config=config,
-            schemes=schemes,
-            arch=self.gpu.arch,
-            max_experts=max_experts,
-            swiglu=swiglu,
-            overlap=overlap,
-            prefetch=prefetch,
-        )
+        try:
+            spec = KernelSpec(
+                config=config,
+                schemes=schemes,
+                arch=self.gpu.arch,
+                max_experts=max_experts,
+                swiglu=swiglu,
+                overlap=overlap,
+                prefetch=prefetch,
+            )
+        except ValueError as error:
+            raise SpecError(f"kernel: {error}") from None
         return self._kernel(_by_name(spec))
 
     def _kernel(self, spec: KernelSpec) -> Kernel:
@@ -152,6 +159,11 @@ class KernelLibrary:
             fits.sort(key=lambda spec: (len(spec.schemes), spec.max_experts), reverse=True)
             self._fitting_of[key] = {spec.config: spec for spec in fits}
         return self._fitting_of[key]
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether a layer's kernels around its GEMMs are here or can be compiled: not from a bundle alone."""
+        return self.bundle is None or bool(self._steps)
 
     def step(self, spec: StepSpec) -> Callable[..., None]:
         """One of a layer's steps around its GEMMs. UnsupportedError from a bundle, which has none."""

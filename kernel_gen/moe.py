@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernel_gen.experts import SWIGLU_ROWS, Experts
 from kernel_gen.kernels.spec import can_overlap
+from kernel_gen.kernels.steps.spec import MAX_TOP_K
 from kernel_gen.layer import plain
 from kernel_gen.layer.fused import MAX_RANKED_IDS, FusedSteps
 from kernel_gen.layer.routing import Routing
@@ -43,6 +44,7 @@ def grouped_gemm(
             unchecked bad offsets are clamped and can reach no memory but the tensors'.
     """
     check_launch(x, experts, offsets)
+    _check_library(library)
     num_rows = x.num_tokens if isinstance(x, Activations) else x.shape[0]
     if torch.cuda.is_current_stream_capturing():
         check_capture(x, experts, out)
@@ -74,6 +76,10 @@ class Fusion(enum.Flag):
     PREFETCH = enum.auto()
     ALL = ROUTE | GATHER | SWIGLU | COMBINE | EPILOGUE | OVERLAP | PREFETCH
     MEASURED_FASTER = ALL  # on an H200, each alone (docs/layer.md)
+
+
+_STEPS = Fusion.ROUTE | Fusion.GATHER | Fusion.SWIGLU | Fusion.COMBINE
+"""Kernels of their own."""
 
 
 def default_fusions(gate_up: Experts, kernels: KernelLibrary) -> Fusion:
@@ -124,9 +130,16 @@ class MoELayer(torch.nn.Module):
             )
         if gate_up.device != down.device or gate_up.device.type != "cuda":
             raise SpecError(f"down: expected both on one CUDA device, got {gate_up.device} and {down.device}")
+        _check_library(library)
+        if fusions is not None and not isinstance(fusions, Fusion):
+            raise SpecError(f"fusions: expected kernel_gen.Fusion or None, got {fusions!r}")
         self.kernels = library or library_of(gate_up.device.index or 0)
         check_gpu(self.kernels.gpu.arch, gate_up.device)
         self.fusions = default_fusions(gate_up, self.kernels) if fusions is None else fusions
+        if self.fusions & _STEPS and not self.kernels.has_steps:
+            raise SpecError(
+                f"fusions: expected none of {_STEPS} from a bundle, which has GEMMs only, got {self.fusions}"
+            )
         if Fusion.OVERLAP in self.fusions and not can_overlap(self.kernels.gpu.arch):
             raise SpecError(f"fusions: expected no OVERLAP on {self.kernels.gpu.name}: launches overlap from sm_90 on")
         if Fusion.PREFETCH in self.fusions and Fusion.OVERLAP not in self.fusions:
@@ -214,6 +227,11 @@ class MoELayer(torch.nn.Module):
             raise SpecError(
                 f"expert_ids: expected integers [{hidden.shape[0]}, top_k] on {device}, got {described(expert_ids)}"
             )
+        if self.fusions & (Fusion.GATHER | Fusion.COMBINE) and expert_ids.shape[1] > MAX_TOP_K:
+            raise SpecError(
+                f"expert_ids: expected at most {MAX_TOP_K} experts a token, which the fused steps hold, got "
+                f"{expert_ids.shape[1]}; leave Fusion.GATHER and Fusion.COMBINE out"
+            )
         if (
             not isinstance(expert_weights, Tensor)
             or not expert_weights.is_floating_point()
@@ -227,6 +245,11 @@ class MoELayer(torch.nn.Module):
 
 def _is_integer(values: Tensor) -> bool:
     return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def _check_library(library: KernelLibrary | None) -> None:
+    if library is not None and not isinstance(library, KernelLibrary):
+        raise SpecError(f"library: expected kernel_gen.KernelLibrary, got {described(library)}")
 
 
 def _check_offsets(offsets: Tensor, num_rows: int) -> None:

@@ -47,10 +47,12 @@ class Activations:
 def prepare_activations(x: Tensor, schemes: Sequence[QuantScheme]) -> Activations:
     """Quantise bf16 X [T, K] once for each activation type among the schemes, on its device; nothing waits for it.
 
-    SpecError for another tensor, or schemes with int4 activations per token and per group.
+    SpecError for other arguments, or schemes with int4 activations per token and per group.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.bfloat16 or x.dim() != 2:
         raise SpecError(f"x: expected bfloat16 [T, K], got {described(x)}")
+    if not isinstance(schemes, Sequence) or not all(isinstance(scheme, QuantScheme) for scheme in schemes):
+        raise SpecError(f"schemes: expected a list of what profiles.schemes.parse gives, got {schemes!r}")
     addresses = [0] * 7
     tensors: list[Tensor] = []
     kinds = {activation_kind(scheme): scheme for scheme in schemes}

@@ -9,7 +9,7 @@ from kernel_gen.formats.format import Format, format_of
 from kernel_gen.formats.packing import PackedWeights, pack, unpack
 from kernel_gen.formats.reference import expected_output
 from kernel_gen.formats.tolerance import Expected, check_output
-from kernel_gen.formats.weights import QuantizedWeights, dequantize, quantize
+from kernel_gen.formats.weights import QuantizedWeights, dequantize, quantize, require_weights
 
 __all__ = [
     "Expected",
@@ -25,5 +25,6 @@ __all__ = [
     "pack",
     "quantize",
     "quantize_activations",
+    "require_weights",
     "unpack",
 ]

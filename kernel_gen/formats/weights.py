@@ -61,13 +61,11 @@ def quantize(weights: Tensor, scheme: QuantScheme) -> QuantizedWeights:
     """Quantise float weights [E, N, K], or [N, K] as a stack of one, in float32.
 
     Raises:
-        SpecError: not floats, not two or three dimensions, or a size of 0.
+        SpecError: not a dense tensor with values, not floats of 16 bits or more, not two or three dimensions, or a
+            size of 0.
         DataError: NaN or infinity; the sentence names the expert and row.
     """
-    if not weights.is_floating_point() or weights.dim() not in (2, 3) or 0 in weights.shape:
-        raise SpecError(
-            f"weights are floats [experts, N, K] or [N, K], no size of them 0, got {weights.dtype} {[*weights.shape]}"
-        )
+    require_weights(weights, dims=(2, 3))
     stack = weights if weights.dim() == 3 else weights.unsqueeze(0)
     _refuse_not_finite(stack)
     experts_at_once = max(1, WEIGHTS_AT_ONCE // stack[0].numel())
@@ -75,6 +73,19 @@ def quantize(weights: Tensor, scheme: QuantScheme) -> QuantizedWeights:
     codes, scales, zeros = (_joined(tensors) for tensors in zip(*parts, strict=True))
     assert codes is not None
     return QuantizedWeights(scheme=scheme, codes=codes, scales=scales, zeros=zeros)
+
+
+def require_weights(weights: Tensor, *, dims: tuple[int, ...] = (3,)) -> None:
+    """SpecError unless these can be quantised, as far as it can be told without reading them."""
+    is_dense = weights.layout is torch.strided and not weights.is_meta
+    is_wide = weights.is_floating_point() and weights.element_size() >= 2
+    if not is_dense or not is_wide or weights.dim() not in dims or 0 in weights.shape:
+        stacks = "[experts, N, K] or [N, K]" if 2 in dims else "[E, N, K]"
+        odd = "" if weights.layout is torch.strided else f", {weights.layout},"
+        raise SpecError(
+            f"weights: expected a tensor of floats {stacks}, dense, of 16 bits or more, no size of them 0, got "
+            f"{weights.dtype} {[*weights.shape]}{odd} on {weights.device}"
+        )
 
 
 def dequantize(weights: QuantizedWeights) -> Tensor:

@@ -24,7 +24,7 @@ from kernel_gen.formats import PackedWeights  # noqa: E402
 from kernel_gen.kernels import KernelSpec  # noqa: E402
 from kernel_gen.legality import estimated_facts  # noqa: E402
 from kernel_gen.library import KernelLibrary, library_of  # noqa: E402
-from kernel_gen.moe import MoELayer, grouped_gemm  # noqa: E402
+from kernel_gen.moe import Fusion, MoELayer, grouped_gemm  # noqa: E402
 from kernel_gen.runtime import Activations, prepare_activations  # noqa: E402
 from profiles import gpus, kernels, schemes  # noqa: E402
 from profiles.errors import SpecError, UnsupportedError  # noqa: E402
@@ -202,6 +202,23 @@ def test_offsets_rise_from_0_to_the_number_of_tokens(values, said) -> None:
     assert str(caught.value) == f"offsets: expected numbers rising from 0 to 8, got {said}"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda stacks: (None, [[0, 1]]),
+            "stacks: expected a list of what kernel_gen.formats.pack gives, got a NoneType",
+        ),
+        (lambda stacks: ([torch.empty(2)], [[0, 1]]), "stacks: expected a list of what .* gives, got a list"),
+        (lambda stacks: (stacks, None), "members: expected a list of experts for each stack, got None"),
+        (lambda stacks: (stacks, [0]), r"members: expected a list of experts for each stack, got \[0\]"),
+    ],
+)
+def test_experts_are_of_packed_stacks(change, message) -> None:
+    with pytest.raises(SpecError, match=message):
+        Experts(*change(experts_of(W4, experts=2).stacks))
+
+
 @pytest.mark.parametrize("members", [[[0, 2]], [[0, 0]], [[1, 2]], [[0, -1]]])
 def test_every_expert_has_weights(members) -> None:
     (stack,) = experts_of(W4, experts=2).stacks
@@ -261,6 +278,37 @@ def layer_of(gate_up=None, down=None) -> MoELayer:
 def test_a_layer_is_of_linears_that_fit(given, message) -> None:
     with pytest.raises(SpecError, match=message):
         layer_of(**given())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"library": "bundle"}, "library: expected kernel_gen.KernelLibrary, got a str"),
+        ({"fusions": 3}, "fusions: expected kernel_gen.Fusion or None, got 3"),
+        (
+            {"fusions": Fusion.COMBINE},
+            "fusions: expected none of .* from a bundle, which has GEMMs only, got .*COMBINE",
+        ),
+        ({"fusions": Fusion.ALL}, "fusions: expected none of .* from a bundle, which has GEMMs only"),
+    ],
+)
+def test_a_layers_options_are_named(options, message) -> None:
+    bundle = bundle_of(W4)
+    gate_up, down = experts_of(W4, n=2 * INTERMEDIATE, k=HIDDEN), experts_of(W4, n=HIDDEN, k=INTERMEDIATE)
+    with pytest.raises(SpecError, match=message):
+        MoELayer(gate_up, down, **({"library": KernelLibrary(bundle.gpu, bundle)} | options))
+    with pytest.raises(SpecError, match=r"library: expected kernel_gen.KernelLibrary, got a str"):
+        grouped_gemm(tokens(), experts_of(W4), offsets_like(), library="bundle")
+
+
+def test_more_experts_a_token_than_the_fused_steps_hold_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up, down = experts_of(W4, n=2 * INTERMEDIATE, k=HIDDEN), experts_of(W4, n=HIDDEN, k=INTERMEDIATE)
+    library = KernelLibrary(gpus.gpu("h200"))
+    monkeypatch.setattr(library, "step", lambda spec: pytest.fail(f"{spec} was launched"))
+    layer = MoELayer(gate_up, down, library=library, fusions=Fusion.ROUTE | Fusion.COMBINE)
+    ids = tokens(TOKENS, 33, dtype=torch.int64)
+    with pytest.raises(SpecError, match=r"expert_ids: expected at most 32 experts a token, .* got 33; leave"):
+        layer(tokens(TOKENS, HIDDEN), ids, tokens(TOKENS, 33, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +396,9 @@ def test_a_kernel_of_more_slots_serves_and_one_of_fewer_is_preferred() -> None:
 @pytest.mark.parametrize(
     ("weights", "given", "message"),
     [
-        ((64, 128), schemes.parse(W4), r"weights: expected a tensor of floats \[E, N, K\], got \[64, 128\]"),
+        ((64, 128), schemes.parse(W4), r"weights: expected a tensor of floats \[E, N, K\], .* got .* \[64, 128\] on"),
+        ((0, 64, 128), schemes.parse(W4), r"weights: .* no size of them 0, got torch.float32 \[0, 64, 128\] on cpu"),
+        ((2, 64, 128), None, "schemes: expected those of profiles.schemes.parse, got None"),
         ((2, 64, 128), W4, f"schemes: expected those of profiles.schemes.parse, got '{W4}'"),
         ((2, 64, 128), [W4, W4], f"schemes: expected those of profiles.schemes.parse, got '{W4}'"),
         ((2, 64, 128), [schemes.parse(W4)] * 3, "schemes: expected one, or one for each of 2 experts, got 3"),
@@ -362,3 +412,18 @@ def test_weights_and_schemes_are_checked_first(weights, given, message) -> None:
 def test_activations_are_bfloat16() -> None:
     with pytest.raises(SpecError, match=r"x: expected bfloat16 \[T, K\], got torch.float32 \[8, 256\] on cuda:0"):
         prepare_activations(tokens(dtype=torch.float32), [schemes.parse(W4)])
+    for given in (W4, [W4], None, schemes.parse(W4)):
+        with pytest.raises(SpecError, match=r"schemes: expected a list of what profiles.schemes.parse gives, got"):
+            prepare_activations(tokens(), given)
+
+
+def test_a_library_is_of_a_gpu_and_its_kernels_can_be() -> None:
+    with pytest.raises(SpecError, match=r"gpu: expected what profiles.gpus.gpu gives, got 'h200'"):
+        KernelLibrary("h200")
+    with pytest.raises(SpecError, match=r"bundle: expected what kernel_gen.load_bundle gives, got 'folder'"):
+        KernelLibrary(gpus.gpu("h200"), "folder")
+    library, config = KernelLibrary(gpus.gpu("h200")), kernels.parse(SMALL)
+    with pytest.raises(SpecError, match="kernel: a kernel has 1 to 4 schemes, got 0"):
+        library.kernel(config, ())
+    with pytest.raises(SpecError, match=r"kernel: max_experts is a power of two in 32..1024, got 5000"):
+        library.kernel(config, (schemes.parse(W4),), 5000)

@@ -171,8 +171,9 @@ def test_a_stack_too_large_for_one_go_is_quantised_in_several(monkeypatch):
 
 @pytest.mark.parametrize("weights", [
     torch.zeros(2, 3, dtype=torch.int32), torch.zeros(3), torch.zeros(1, 2, 3, 4),
-    torch.zeros(2, 0, 3), torch.zeros(2, 3, 0), torch.zeros(0, 2, 3),
+    torch.zeros(2, 0, 3), torch.zeros(2, 3, 0), torch.zeros(0, 2, 3), torch.zeros(1, 2, 3).to_sparse(),
+    torch.zeros(1, 2, 3, dtype=torch.float8_e4m3fn), torch.zeros(1, 2, 3, device="meta"),
 ], ids=lambda w: f"{w.dtype}{list(w.shape)}")  # fmt: skip
 def test_what_is_no_stack_is_refused(weights):
-    with pytest.raises(SpecError, match="weights are floats"):
+    with pytest.raises(SpecError, match="weights: expected a tensor of floats"):
         quantize(weights, parse("w4a16_g128_sym"))
