@@ -9,18 +9,15 @@ from contextlib import AbstractContextManager
 from enum import Enum
 
 from costmodel.analytic import launch_latencies
-from costmodel.facts import BuildFacts
-from costmodel.kernel_use import KernelUse
 from costmodel.pricing import KernelChooser
 from costmodel.shipped import fitted
 from kernel_gen.build import compile_and_gate
 from kernel_gen.cache import KernelCache, default_cache_dir
 from kernel_gen.gate import rejections
 from kernel_gen.kernels import KernelSpec
-from kernel_gen.legality import estimated_facts
-from kernel_gen.select import Ranking, ranking, table_size
-from kernel_gen.space import Effort, candidates
+from kernel_gen.select import Ranking, kernel_uses, ranking
 from kernel_gen.sweeping.progress import Phase, phase
+from profiles.errors import UnsupportedError
 from profiles.gpus import GpuSpec
 from profiles.kernels import KernelConfig
 from profiles.loads import TokenLoad
@@ -38,14 +35,10 @@ def ranked(
     """Configurations for these experts and their tokens, best first: in turn what the fitted latency model, which knows
     recorded kernels, and the analytic one, which knows new ones as well, put first.
     """
-    slots = tuple(sorted(set(per_expert), key=lambda scheme: scheme.name))
     load = TokenLoad(tokens_per_expert=counts, source="drawn")
-    of_experts = per_expert if len(slots) > 1 else slots
-    uses = [
-        KernelUse(n=n, k=k, schemes=of_experts, config=config, ctas_per_sm=facts.ctas_per_sm)
-        for config, facts in _possible(slots, gpu, table_size(len(per_expert)))
-    ]
-    if not uses:
+    try:
+        uses = kernel_uses(per_expert, n, k, gpu)
+    except UnsupportedError:
         return ()
     by_core = launch_latencies(gpu, [use.launch(load) for use in uses])["latency_us"].to_numpy()
     orders = [by_core.argsort(kind="stable")]
@@ -53,14 +46,6 @@ def ranked(
         orders.insert(0, KernelChooser(fitted(gpu).model, gpu, uses).latencies_us(load).argsort(kind="stable"))
     in_turn = dict.fromkeys(index for pair in zip(*orders, strict=True) for index in pair)
     return tuple(uses[index].config for index in in_turn)
-
-
-@functools.cache
-def _possible(
-    slots: tuple[QuantScheme, ...], gpu: GpuSpec, max_experts: int
-) -> tuple[tuple[KernelConfig, BuildFacts], ...]:
-    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts)
-    return tuple((config, estimated_facts(config, slots, gpu, max_experts=max_experts)) for config in configs)
 
 
 def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[KernelConfig]:

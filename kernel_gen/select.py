@@ -90,7 +90,7 @@ def _choose(
     load = TokenLoad(tokens_per_expert=tuple(each + (e < more) for e in range(len(schemes))), source="even")
     if by is Ranking.FITTED:
         return _chooser(schemes, n, k, gpu, among).choose(load).use.config
-    uses = _uses(schemes, n, k, gpu, among)
+    uses = kernel_uses(schemes, n, k, gpu, among)
     return uses[int(launch_latencies(gpu, [use.launch(load) for use in uses])["latency_us"].to_numpy().argmin())].config
 
 
@@ -102,32 +102,47 @@ def _chooser(
     from costmodel.pricing import KernelChooser
     from costmodel.shipped import fitted
 
-    return KernelChooser(fitted(gpu).model, gpu, _uses(schemes, n, k, gpu, among))
+    return KernelChooser(fitted(gpu).model, gpu, kernel_uses(schemes, n, k, gpu, among))
 
 
-def _uses(
-    schemes: tuple[QuantScheme, ...], n: int, k: int, gpu: GpuSpec, among: tuple[KernelConfig, ...] | None
+def kernel_uses(
+    schemes: tuple[QuantScheme, ...],
+    n: int,
+    k: int,
+    gpu: GpuSpec,
+    among: tuple[KernelConfig, ...] | None = None,
 ) -> list[KernelUse]:
-    """The kernels to choose among, none of them built yet: their occupancy is estimated."""
-    slots = tuple(dict.fromkeys(schemes))
+    """The kernels to choose among for experts [n, k] of these schemes, one each: `among`, or every legal one of the
+    quick space. None of them is built yet: their occupancy is estimated. UnsupportedError where there is none.
+    """
+    slots = tuple(sorted(set(schemes), key=lambda scheme: scheme.name))
     max_experts = table_size(len(schemes))
-    configs = candidates(slots, gpu, Effort.QUICK, max_experts=max_experts) if among is None else among
-    if among is not None and not among:
-        raise UnsupportedError(
-            f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}",
-            ["the build refused every configuration that is legal by estimate"],
-        )
-    if not configs:
+    found = _legal(slots, gpu, max_experts) if among is None else _occupied(among, slots, gpu, max_experts)
+    if not found:
+        what = f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}"
+        if among is not None:
+            raise UnsupportedError(what, ["the build refused every configuration that is legal by estimate"])
         why = summarise(enumerate_configs(slots, gpu, Effort.QUICK, max_experts=max_experts)).by_kind
-        raise UnsupportedError(
-            f"one launch of {', '.join(slot.name for slot in slots)} on {gpu.name}", [example for _, _, example in why]
-        )
-    facts = {config: estimated_facts(config, slots, gpu, max_experts=max_experts) for config in configs}
+        raise UnsupportedError(what, [example for _, _, example in why])
     of_experts = schemes if len(slots) > 1 else slots
-    return [
-        KernelUse(n=n, k=k, schemes=of_experts, config=config, ctas_per_sm=facts[config].ctas_per_sm)
-        for config in configs
-    ]
+    return [KernelUse(n=n, k=k, schemes=of_experts, config=config, ctas_per_sm=ctas) for config, ctas in found]
+
+
+Occupied = tuple[tuple[KernelConfig, int], ...]
+"""Configurations with how many CTAs of each an SM holds."""
+
+
+@functools.lru_cache(maxsize=256)
+def _legal(slots: tuple[QuantScheme, ...], gpu: GpuSpec, max_experts: int) -> Occupied:
+    return _occupied(candidates(slots, gpu, Effort.QUICK, max_experts=max_experts), slots, gpu, max_experts)
+
+
+def _occupied(
+    configs: Sequence[KernelConfig], slots: tuple[QuantScheme, ...], gpu: GpuSpec, max_experts: int
+) -> Occupied:
+    return tuple(
+        (config, estimated_facts(config, slots, gpu, max_experts=max_experts).ctas_per_sm) for config in configs
+    )
 
 
 def table_size(num_experts: int) -> int:

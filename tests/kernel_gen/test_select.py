@@ -6,7 +6,7 @@ import pytest
 from costmodel.features import Kernels
 from costmodel.shipped import fitted
 from kernel_gen.legality import reasons
-from kernel_gen.select import Ranking, _uses, choose, ranking, table_size
+from kernel_gen.select import Ranking, choose, kernel_uses, ranking, table_size
 from profiles import gpus, schemes
 from profiles.errors import DataError, SpecError, UnsupportedError
 from profiles.loads import TokenLoad
@@ -54,7 +54,7 @@ def test_the_fitted_model_chooses_where_launches_were_recorded_and_the_core_else
     )
     assert by_model == [choose([W4] * 60, 2816, 2048, rows, h200) for rows in sizes]
     assert by_model != by_core
-    uses = _uses((W4,) * 60, 2816, 2048, h200, None)
+    uses = kernel_uses((W4,) * 60, 2816, 2048, h200, None)
     load = TokenLoad(tokens_per_expert=(18,) * 4 + (17,) * 56, source="even")
     X = Kernels(h200, uses).matrix([load], np.arange(len(uses)), np.zeros(len(uses), dtype=np.intp))
     assert uses[int(fitted(h200).model.latencies_us(X).argmin())].config == by_model[4]
