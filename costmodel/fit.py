@@ -17,6 +17,7 @@ from costmodel.model import LatencyModel
 from costmodel.model_file import FittedModel
 from costmodel.sessions import usable
 from profiles.errors import DataError, UserError
+from profiles.interrupt import interruptible
 from profiles.journal import journal_path
 from profiles.store import ProfileStore
 
@@ -92,4 +93,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

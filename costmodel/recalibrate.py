@@ -15,6 +15,7 @@ from costmodel.fit import read_profiles, seed_number
 from costmodel.recalibration import ENOUGH_ROWS, MIN_ROWS, Recalibration, recalibrate
 from costmodel.sessions import usable
 from profiles.errors import UserError
+from profiles.interrupt import interruptible
 
 EPILOG = f"""examples:
   # Choose {ENOUGH_ROWS} launches of the recorded ones and measure them again, then see what changed.
@@ -109,4 +110,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

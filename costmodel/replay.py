@@ -29,6 +29,7 @@ from costmodel.replay_report import markdown, plot
 from costmodel.sessions import usable
 from profiles.atomic import replacing, require_writable
 from profiles.errors import DataError, UserError
+from profiles.interrupt import interruptible
 
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.intp]
@@ -254,4 +255,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))
