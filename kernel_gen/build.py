@@ -153,7 +153,8 @@ def compile_and_gate(
 ) -> GatedKernels:
     """Compile what the cache lacks, in parallel, and judge every kernel by the gate.
 
-    `track(n)` gives the context in which n kernels are compiled and that is told of each. OSError when a disk is full.
+    `track(n)` gives the context in which n kernels are compiled and that is told of each. DataError for a cache that
+    cannot be written, such as on a full disk.
     """
     outcomes: dict[KernelSpec, Outcome] = {
         spec: artifact for spec in specs if (artifact := cache.get(spec)) is not None

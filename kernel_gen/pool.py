@@ -20,6 +20,7 @@ from pathlib import Path
 from kernel_gen.cache import KernelCache
 from kernel_gen.compiler import Artifact, CompileError, compile_kernel
 from kernel_gen.kernels import KernelSpec
+from profiles.errors import DataError
 from profiles.records import Status
 
 BYTES_PER_COMPILE = 1_200_000_000
@@ -63,7 +64,7 @@ def compile_all(
     order of `specs`.
 
     A worker that dies, or needs longer than `limit_s` for one kernel, costs that kernel. KeyboardInterrupt stops the
-    workers at once. `work` is what a worker does with a spec, `compile_into_cache` unless a test says otherwise; it
+    workers at once, as does a cache that cannot be written, which is a DataError. `work` is what a worker does with a spec, `compile_into_cache` unless a test says otherwise; it
     must be importable.
     """
     if not specs:
@@ -87,7 +88,7 @@ def compile_all(
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 index = pending.pop(future)
-                outcomes[index] = _outcome(future, specs[index], limit_s)
+                outcomes[index] = _outcome(future, specs[index], cache, limit_s)
                 on_outcome(outcomes[index])
     finally:
         pool.stop()  # type: ignore[no-untyped-call]
@@ -104,7 +105,7 @@ def compile_into_cache(spec: KernelSpec, cache: KernelCache) -> Outcome:
         return Failure(spec=spec, status=Status.COMPILE_ERROR, error=str(error))
 
 
-def _outcome(future: Future[Outcome], spec: KernelSpec, limit_s: float) -> Outcome:
+def _outcome(future: Future[Outcome], spec: KernelSpec, cache: KernelCache, limit_s: float) -> Outcome:
     from pebble import ProcessExpired
 
     try:
@@ -115,6 +116,13 @@ def _outcome(future: Future[Outcome], spec: KernelSpec, limit_s: float) -> Outco
         )
     except TimeoutError:
         return Failure(spec=spec, status=Status.TIMEOUT, error=f"not compiled within {limit_s:g} s")
+    except FileNotFoundError:  # a program that is missing, not a disk
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{cache.root}: the kernel cache cannot be written ({error.strerror or error}); finished kernels are kept; "
+            "set BITILE_CACHE to a folder that can"
+        ) from error
 
 
 def _start_worker(parent: int) -> None:
