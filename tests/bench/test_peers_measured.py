@@ -267,6 +267,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     fastest_alone = own.nsmallest(1, "single_us").iloc[0]
     as_theirs = fastest_alone["single_us"] - fastest_alone["floor_us"] + PEER_LAUNCH_FLOOR_US
     assert list(cells["ratio"]) == pytest.approx([fastest_alone["roofline_us"] / as_theirs / 0.5])
+    assert list(cells["ratio_in_a_row"]) == pytest.approx([own["roofline_us"].iloc[0] / own["latency_us"].min() / 0.5])
     bars = of_roofline(found).set_index("scheme")
     assert set(bars.index) == {"w16a16", "w4a16_g128_sym"}
     assert bars["fraction_with_floor"]["w4a16_g128_sym"] == pytest.approx(own["roofline_us"].iloc[0] / as_theirs)
