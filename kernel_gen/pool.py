@@ -64,8 +64,8 @@ def compile_all(
     order of `specs`.
 
     A worker that dies, or needs longer than `limit_s` for one kernel, costs that kernel. KeyboardInterrupt stops the
-    workers at once, as does a cache that cannot be written, which is a DataError. `work` is what a worker does with a spec, `compile_into_cache` unless a test says otherwise; it
-    must be importable.
+    workers at once, as does a cache that cannot be written, which is a DataError. `work` is what a worker does with a
+    spec, `compile_into_cache` unless a test says otherwise; it must be importable.
     """
     if not specs:
         return []
