@@ -37,8 +37,9 @@ def _head(measured: pd.DataFrame, found: pd.DataFrame, command: str) -> Iterator
 
 
 def _by(found: pd.DataFrame) -> Iterator[str]:
-    for by in ("tokens", "scheme", "model", "linear"):
-        groups = found.dropna(subset="excess").groupby(by, sort=True)["excess"]
+    known = found.dropna(subset="excess")
+    for by in ("tokens", "scheme", "model", "linear") if len(known) else ():
+        groups = known.groupby(by, sort=True)["excess"]
         rows = pd.DataFrame(
             [
                 (str(value), str(len(group)), str(int((group > EXCESS_BAR).sum())), group.median(), group.max())

@@ -14,6 +14,8 @@ from bench.peers.routing import Draw
 from profiles.models import Linear
 from profiles.records import Status
 
+OWN = (*CELL, "config", "latency_us", "fraction", "reference_ratio")
+
 
 def mixes_and_parts(models: Sequence[str], tokens: Sequence[int]) -> list[Cell]:
     """For each number of tokens, model and linear the mixes of bench.layer.allocations that are worth timing there,
@@ -46,8 +48,6 @@ def excesses(measured: pd.DataFrame) -> pd.DataFrame:
     where a scheme alone failed.
     """
     ours = measured[(measured["status"] == Status.OK.value) & (measured["contender"] == OURS)]
-    if ours.empty:
-        return pd.DataFrame(columns=[*CELL, "config", "latency_us", "fraction", "parts_us", "excess"])
     best = ours.loc[ours.groupby(list(CELL), sort=False)["latency_us"].idxmin()]
     alone = {tuple(row[name] for name in CELL): row["fraction"] for row in best[~best["is_mix"]].to_dict("records")}
     rows = []
@@ -65,9 +65,9 @@ def excesses(measured: pd.DataFrame) -> pd.DataFrame:
         )
         rows.append(
             {
-                **{name: row[name] for name in (*CELL, "config", "latency_us", "fraction", "reference_ratio")},
+                **{name: row[name] for name in OWN},
                 "parts_us": parts_us,
                 "excess": row["latency_us"] / parts_us - 1,
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*OWN, "parts_us", "excess"])

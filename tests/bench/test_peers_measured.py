@@ -335,6 +335,8 @@ def test_a_mixed_launch_is_compared_with_its_schemes_alone() -> None:
     assert list(found["excess"]) == pytest.approx([100.0 / parts_us - 1])
     assert f"{found['excess'][0]:+.1%}" in mixed_markdown(pd.DataFrame(rows), command="it")
     assert "1 of 1 launches are over the bar" in mixed_markdown(pd.DataFrame(rows), command="it")
+    for some in (pd.DataFrame([row for row in rows if not row["is_mix"]]), pd.DataFrame(rows).assign(status="wrong")):
+        assert "No mixed launch and all of its parts were measured." in mixed_markdown(some, command="it")
     lacking = excesses(pd.DataFrame([row for row in rows if row["scheme"] != mix.schemes[0].name]))
     assert math.isnan(lacking["excess"][0])
 
