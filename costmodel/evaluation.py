@@ -18,6 +18,7 @@ from sklearn.model_selection import GroupKFold
 
 from costmodel import features, matmul_heuristics
 from costmodel.baselines import AnalyticCore, Dummy, RawBoosting, Roofline, SlopeTimesTiles
+from costmodel.conformal import Conformal
 from costmodel.groups import Codes, HeldOut, Labels, group_labels, launch_ids
 from costmodel.matmul_heuristics import NvMatmulHeuristics
 from costmodel.model import LatencyModel
@@ -28,6 +29,7 @@ from profiles.errors import DataError
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 MODEL = "LatencyModel"
+COVERAGE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,8 @@ class Metrics:
     """Of one estimator on one kind of held-out group, over `num_rows` rows in `num_groups` groups.
 
     Errors and regrets are fractions (0.03 is 3%). `coverage_90` and `interval_width` (upper over lower, less 1, median)
-    are None without intervals; regrets are None where no launch has two configurations. `regret_top4_mean` is what is
-    left after measuring the best four.
+    are of LatencyModel's own intervals and of `fold_intervals` for baselines, None without any; regrets are None where
+    no launch has two configurations. `regret_top4_mean` is what is left after measuring the best four.
     """
 
     num_rows: int
@@ -80,7 +82,7 @@ def estimators(gpu: str | None = None) -> dict[str, Callable[[], Any]]:
     """LatencyModel and its baselines, by name; nvMatmulHeuristics where it is installed and knows `gpu`."""
     known = gpu is not None and matmul_heuristics.why_not(gpu) is None
     return {
-        MODEL: lambda: LatencyModel(coverage=0.9),
+        MODEL: lambda: LatencyModel(coverage=COVERAGE),
         "analytic core": AnalyticCore,
         "gradient boosting, raw": RawBoosting,
         "slope x tiles (MxMoE)": SlopeTimesTiles,
@@ -150,8 +152,10 @@ def _hold_out(
     calibration = np.where(_tested(labels), labels, shapes).astype(str)
     predictions = {name: np.full(len(y), np.nan) for name in make}
     interval = np.full((len(y), 2), np.nan)
-    for _, part in GroupKFold(min(num_folds, len(np.unique(groups)))).split(tested, groups=groups):
+    fold_of = np.full(len(y), -1)
+    for fold, (_, part) in enumerate(GroupKFold(min(num_folds, len(np.unique(groups)))).split(tested, groups=groups)):
         held_out = tested[part]
+        fold_of[held_out] = fold
         seen = ~_leaks(kind, rows, labels, held_out)
         for name, factory in make.items():
             estimator = factory().fit(X[seen], y[seen], groups=_several(calibration[seen], shapes[seen]))
@@ -166,7 +170,7 @@ def _hold_out(
     predictions = {name: each for name, each in predictions.items() if bool(np.isfinite(each).any())}
     metrics = {
         name: measure(y[tested], predicted[tested], launches[tested], len(np.unique(groups)),
-                      interval[tested] if name == MODEL else None)
+                      (interval if name == MODEL else fold_intervals(y, predicted, fold_of))[tested])
         for name, predicted in predictions.items()
     }  # fmt: skip
     return HeldOutResult(labels=labels, predictions=predictions, interval_us=interval, metrics=metrics)
@@ -186,12 +190,28 @@ def _leaks(kind: HeldOut, rows: pd.DataFrame, labels: Labels, held_out: npt.NDAr
     return np.asarray(leaks, dtype=np.bool_)
 
 
+def fold_intervals(y: Array, predicted: Array, fold_of: Codes) -> Array:
+    """90% intervals [R, 2] of an estimator that has none: as far as its errors on the other folds reach, of which it
+    had not seen a row either. `fold_of` [R]: -1 where not tested. NaN where no other fold was predicted.
+    """
+    errors, intervals = np.abs(np.log(predicted / y)), np.full((len(y), 2), np.nan)
+    there = np.isfinite(errors) & (fold_of >= 0)
+    for fold in np.unique(fold_of[there]):
+        others, own = errors[there & (fold_of != fold)], np.flatnonzero(there & (fold_of == fold))
+        if len(others):
+            one_regime = np.zeros(len(others), dtype=np.int64)
+            reach = Conformal.fit(others, one_regime).quantile(one_regime[:1], COVERAGE)[0]
+            intervals[own] = predicted[own, None] * np.exp([-reach, reach])
+    return intervals
+
+
 def measure(y: Array, predicted: Array, launches: Codes, num_groups: int, interval: Array | None) -> Metrics:
     """Metrics of predictions [R] (NaN: none, such rows do not count) against measurements [R]; `launches` as
     `launch_ids`, `interval` [R, 2] or None.
     """
     there = np.isfinite(predicted)
     y, predicted, launches = y[there], predicted[there], launches[there]
+    interval = None if interval is None or not np.isfinite(interval[there]).all() else interval[there]
     error = np.abs(predicted / y - 1.0)
     first, best_of_top = regrets(y, predicted, launches)
     covered = None if interval is None else float(((interval[:, 0] <= y) & (y <= interval[:, 1])).mean())
