@@ -157,6 +157,17 @@ def _means_of(published: pd.DataFrame) -> Iterator[str]:
         frame = pd.DataFrame(found, columns=[by, "cells", "mean", "below", "least", "raw"])
         numbers: Formats = {by: str, "cells": str, "mean": two, "below": str, "least": two, "raw": two}
         yield from ("", *table(frame, numbers, [by, "cells", "ratio", "below 1", "least", "raw"]))
+    yield from ("", "By class and tokens: ratio, and cells below 1 of how many.", "", *_by_class_and_tokens(published))
+
+
+def _by_class_and_tokens(published: pd.DataFrame) -> Iterator[str]:
+    sizes = sorted(published["tokens"].unique())
+    yield "| peer_class | " + " | ".join(map(str, sizes)) + " |"
+    yield "|---" * (len(sizes) + 1) + "|"
+    for group, rows in published.groupby("peer_class", sort=True):
+        ratios = (rows[rows["tokens"] == size]["ratio"] for size in sizes)
+        texts = (f"{two(geometric_mean(each))}, {int((each < RATIO_BAR).sum())} of {len(each)}" for each in ratios)
+        yield f"| {group} | " + " | ".join(texts) + " |"
 
 
 def _mean(by: str, value: object, rows: pd.DataFrame) -> dict[str, Any]:
