@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.arguments import at_least_one, whole_numbers
 from bench.layer import plot, report
 from bench.layer.allocations import ALLOCATIONS, allocation
 from bench.layer.building import Plan, build_gemms, build_steps, steps_needed
@@ -88,7 +89,9 @@ def _plan(arguments: argparse.Namespace, gpu: GpuSpec) -> Plan:
     names = arguments.models.split(",")
     return Plan(
         cells=tuple(
-            Cell(model=model(name).name, tokens=tokens) for tokens in _numbers(arguments.tokens) for name in names
+            Cell(model=model(name).name, tokens=tokens)
+            for tokens in whole_numbers("--tokens", arguments.tokens)
+            for name in names
         ),
         allocations=tuple(allocation(name.strip()) for name in arguments.allocations.split(";")),
         gpu=gpu,
@@ -104,19 +107,6 @@ def _fusions(text: str) -> tuple[Fusion, ...]:
     if unknown:
         raise SpecError(f"--fusions: unknown {', '.join(unknown)}; known are {', '.join(FUSIONS)}")
     return tuple(dict.fromkeys(FUSIONS[name] for name in text.split(",")))
-
-
-def _numbers(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise SpecError(f"--tokens {text}: expected whole numbers of at least 1, as in 16,512")
-    return [int(word) for word in words]
-
-
-def _at_least_one(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,12 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parts", action="store_true", help="two layers also part by part, and without each fusion")
     parser.add_argument("--built-only", action="store_true", help="run the kernels that the cache has, compile none")
-    parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--configs", type=_at_least_one, default=3, metavar="N", help="timed for each launch (default: %(default)s)"
+        "--configs", type=at_least_one, default=3, metavar="N", help="timed for each launch (default: %(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=_at_least_one, default=3600, metavar="N", help="begin no cell later (default: %(default)s)"
+        "--seconds", type=at_least_one, default=3600, metavar="N", help="begin no cell later (default: %(default)s)"
     )
     parser.add_argument(
         "--compiled", action="store_true", help="torch's layer also compiled, which takes longer than all the rest"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from bench.arguments import at_least_one, whole_numbers
 from bench.peers import plot, report
 from bench.peers.mixed import compare_mixed
 from bench.peers.published import read_peers
@@ -139,7 +140,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
     from bench.peers.cells import Cell, in_order
     from bench.peers.mixes import mixes_and_parts
 
-    shapes, tokens = [model(name) for name in arguments.models.split(",")], _tokens(arguments.tokens)
+    shapes, tokens = [model(name) for name in arguments.models.split(",")], whole_numbers("--tokens", arguments.tokens)
     if arguments.mixed:
         return mixes_and_parts([shape.name for shape in shapes], tokens)[: arguments.cells]
     every = [
@@ -190,19 +191,6 @@ def _draws(text: str) -> list[Draw]:
     return [known[name] for name in text.split(",")]
 
 
-def _tokens(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise SpecError(f"--tokens {text}: expected whole numbers of at least 1, as in 16,512")
-    return [int(word) for word in words]
-
-
-def _at_least_one(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument(
@@ -232,16 +220,16 @@ def _parser() -> argparse.ArgumentParser:
     draws = ",".join(draw.value for draw in Draw)
     parser.add_argument("--draws", default=draws, metavar="A,B", help="loads: %(default)s (the default: both)")
     parser.add_argument(
-        "--configs", type=_at_least_one, default=8, metavar="N", help="ours tried (default: %(default)s)"
+        "--configs", type=at_least_one, default=8, metavar="N", help="ours tried (default: %(default)s)"
     )
-    parser.add_argument("--cells", type=_at_least_one, metavar="N", help="only the first N cells (default: all)")
+    parser.add_argument("--cells", type=at_least_one, metavar="N", help="only the first N cells (default: all)")
     parser.add_argument(
         "--mixed", action="store_true", help="mixed launches, each beside its schemes alone under the same load"
     )
     parser.add_argument("--built-only", action="store_true", help="run the kernels that the cache has, compile none")
-    parser.add_argument("--rounds", type=_at_least_one, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=_at_least_one, default=3600, metavar="N", help="begin no cell later (default: %(default)s)"
+        "--seconds", type=at_least_one, default=3600, metavar="N", help="begin no cell later (default: %(default)s)"
     )
     return parser
 
