@@ -20,6 +20,10 @@ WGMMA_MIN_TOKENS = 32
 """A wgmma of fewer tokens takes as long as one of these: its A fragment, 2 KiB, goes from the registers to the tensor
 cores at 128 bytes a clock, the time of 32 tokens. A guess from that; published, full rate needs 64 with A in shared
 memory (arXiv 2402.13499)."""
+MMA_SYNC_IN_WGMMAS = 0.80 / 0.62
+"""Tensor time of an mma.sync on Hopper in that of a wgmma's same work: the shares of the data sheet's rate below."""
+FEW_STAGES, PRODUCER_WARPS = 4, (4, 2)
+"""wgmma family: warps that copy k-tiles in turn, with so many stages and with fewer."""
 MMA_K = MappingProxyType({Math.BF16: 16, Math.INT8: 32, Math.E4M3: 32, Math.INT4: 64})
 """k of one m16n8 mma.sync, and of one wgmma (PTX ISA, "Matrix shape")."""
 
@@ -95,8 +99,9 @@ class AnalyticConstants:
     """wgmma family: waiting for the last wgmma's sums, from issue to registers: 128 clocks for 256 tokens, less for
     fewer (arXiv 2402.13499)."""
 
-    producer_k_tile_cycles: float = 100.0
-    """wgmma family: one thread sees an empty stage, expects its bytes and starts up to four copies. A guess."""
+    producer_k_tile_cycles: float = 600.0
+    """wgmma family: a producer warp sees an empty stage, expects its bytes and starts up to four copies. From H200 runs
+    with one and with four producers, 2026-11-24 (docs/kernels.md)."""
 
     wgmma_store_cycles: float = 40.0
     """wgmma family: one token row's bulk store, which the lanes of a warp start in turn: nine instructions, three of
@@ -116,9 +121,9 @@ class AnalyticConstants:
     """The scan's share of an expert. A guess."""
 
     uneven_ctas: float = 1.0
-    """In the last, partial round some SM has so many CTAs more than their mean over SMs, if it holds as many: which
-    share one was settled in the first. Of 0, 0.5, 1, 1.5 and as many as fit, 1 explained 2,521 launches of the wgmma
-    family on an H200 best (2026-11-24)."""
+    """In a last, partial round that is not the first, some SM has so many CTAs more than their mean over SMs, if it
+    holds as many. Of 0, 0.5, 1, 1.5 and as many as fit, 1 explained 2,521 launches of the wgmma family on an H200 best
+    (2026-11-24). In the first round CTAs go to one SM after another, so that some SM has the mean rounded up."""
 
     overlap_squarings: int = 2
     """Resources work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity perfectly.

@@ -24,7 +24,7 @@ MAX_SLOTS = 4
 OF_A_WIDTH = (
     *("k_tile_tensor_mmas", "k_tile_instructions", "instructions_of_a_warp", "k_tile_smem_bytes", "k_tile_bytes"),
     *("mmas_per_k_step_of_a_warp", "serial_instructions_of_a_warp", "epilogue_instructions", "stores_in_turn"),
-    *("output_bytes", "partial_sum_bytes"),
+    *("output_bytes", "partial_sum_bytes", "exposed_k_steps"),
 )
 """Columns of one tile that depend on how many tokens it takes."""
 _MATH_INDEX = {math: index for index, math in enumerate(Math)}
@@ -124,6 +124,7 @@ class LaunchTable:
     narrow_stores_in_turn: Array
     narrow_output_bytes: Array
     narrow_partial_sum_bytes: Array
+    narrow_exposed_k_steps: Array
 
     def __len__(self) -> int:
         return len(self.n)

@@ -71,7 +71,8 @@ class Rounds:
         self.num_tiles = table.num_tiles.sum(axis=1)
         self.num = np.floor(self.num_tiles / self.resident)
         self.rest = self.num_tiles - self.num * self.resident
-        on_sm = self.rest / num_sms + np.where(self.num > 0, terms.constants.uneven_ctas, 0.0)
+        # The first CTAs go to one SM after another; how those of a later round are spread nobody knows.
+        on_sm = np.where(self.num > 0, self.rest / num_sms + terms.constants.uneven_ctas, np.ceil(self.rest / num_sms))
         last_ctas = np.clip(on_sm, 1.0, table.ctas_per_sm)
         has_tails = bool(table.has_tail.any())
         narrow = terms.narrowest() if has_tails else terms

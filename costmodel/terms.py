@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from costmodel.constants import SMEM_BYTES_PER_CLOCK, SUB_PARTITIONS_PER_SM, AnalyticConstants
+from costmodel.constants import (
+    FEW_STAGES,
+    PRODUCER_WARPS,
+    SMEM_BYTES_PER_CLOCK,
+    SUB_PARTITIONS_PER_SM,
+    AnalyticConstants,
+)
 from costmodel.launches import FLOPS_PER_MMA_K1, LaunchTable
 from profiles.errors import UnsupportedError
 from profiles.gpus import GpuSpec, Math
@@ -40,10 +46,7 @@ class Terms:
         self.clocks_per_us = gpu.boost_clock_mhz
         self._sheet_rates = self._tensor_rates()
         self.flops_per_clock_per_sm = self._sheet_rates * self._reached()
-        active_sms = np.clip(table.num_tiles.sum(axis=1), 1.0, gpu.num_sms)
-        l2 = constants.of(constants.l2_bytes_per_clock_per_sm, gpu.compute_capability)
-        # Few busy SMs may each draw more than their share, up to the 64 bytes a clock of an SM's port.
-        self.l2_bytes_per_clock = np.minimum(64.0, l2 * gpu.num_sms / active_sms)[:, None]
+        self.l2_bytes_per_clock = constants.of(constants.l2_bytes_per_clock_per_sm, gpu.compute_capability)
         self.latency_clocks = constants.of(constants.dram_latency_cycles, gpu.compute_capability)
 
     def narrowest(self) -> Terms:
@@ -59,7 +62,6 @@ class Terms:
         other = copy.copy(self)
         other.table = table
         other.flops_per_clock_per_sm = self.flops_per_clock_per_sm[rows]
-        other.l2_bytes_per_clock = self.l2_bytes_per_clock[rows]
         return other
 
     def _tensor_rates(self) -> Array:
@@ -139,11 +141,14 @@ class Terms:
         return np.asarray(wait + together + t.serial_instructions_of_a_warp / c.issue_fraction, dtype=np.float64)
 
     def _fetch_clocks(self) -> Array:
-        """An iteration's share of a stage's way from DRAM, and for wgmma at least the producer's own work, [R, 1]."""
+        """An iteration's share of a stage's way from DRAM, and for wgmma at least the producers' own work, who take
+        k-tiles in turn, [R, 1].
+        """
         t, c = self.table, self.constants
-        latency = self.latency_clocks * c.loaded_latency_factor / np.maximum(t.num_stages - 1.0, 1.0)[:, None]
-        producer = np.where(t.is_mma_family[:, None], 0.0, c.producer_k_tile_cycles)
-        return np.asarray(np.maximum(latency, producer), dtype=np.float64)
+        latency = self.latency_clocks * c.loaded_latency_factor / np.maximum(t.num_stages - 1.0, 1.0)
+        producers = np.where(t.num_stages >= FEW_STAGES, *PRODUCER_WARPS)
+        producer = np.where(t.is_mma_family, 0.0, c.producer_k_tile_cycles / producers)
+        return np.asarray(np.maximum(latency, producer)[:, None], dtype=np.float64)
 
     def dram_bytes(self) -> Array:
         """Bytes from and to DRAM, [R]: every active expert's weights and every token once, outputs, and the re-reads

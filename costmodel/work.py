@@ -3,7 +3,8 @@ token load splits into tiles.
 
 Counts follow the families' structure: weights are the MMA's M operand. mma: every warp column decodes the weights again
 for its own tokens, every warp row reads the tokens again, and the copies of a k-tile are spread over the CTA's threads.
-wgmma: a producer warp copies, every warp decodes its own rows, every wgmma reads the tokens from shared memory.
+wgmma: producer warps copy, every warp decodes its own rows, every wgmma reads the tokens from shared memory; few tokens
+in bf16 are multiplied with mma.sync, and every warp reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from costmodel.constants import MMA_K, WGMMA_MIN_TOKENS, WGMMA_ROWS
+from costmodel.constants import MMA_K, MMA_SYNC_IN_WGMMAS, WGMMA_MIN_TOKENS, WGMMA_ROWS
 from profiles.errors import UnsupportedError
 from profiles.gpus import Math
 from profiles.kernels import THREADS_PER_WARP, Family, KernelConfig, TileShape
@@ -61,6 +62,12 @@ _EPILOGUE_INSTRUCTIONS = 3.0  # an accumulator's share of scale, convert, transp
 _WGMMA_STEP_INSTRUCTIONS = 6.0  # a warp's fence, commit and wait, for each group of wgmmas
 _WGMMA_LOOP_INSTRUCTIONS = 32.0  # a warp's barriers, stage, phase and k counters, descriptors
 WGMMA_WARPS = 4
+# Tiles of few tokens in the wgmma family, bf16 math: a register from packed codes, which keep their offset and their
+# scale; a warp's waits, addresses and reads of tokens (machine code of five kernels, sm_90a, 2026-11-24).
+_WARP_DECODE_INSTRUCTIONS = MappingProxyType({16: 0.0, 8: 3.0, 4: 1.7, 3: 2.6, 2: 1.35})
+_WARP_LOOP_INSTRUCTIONS = 60.0
+_WARPS_UP_TO_TOKENS = 8
+_SUMS_UP_TO_TOKENS = 16  # where wgmma scales a group's sums in bf16 math, not its weights
 _LDMATRIX_BYTES = 512  # x4: four 8x8 matrices of 16 bits
 
 
@@ -87,7 +94,7 @@ class TileWork:
     k_tile_instructions: float
     instructions_of_a_warp: float
     k_steps: int
-    exposed_k_steps: int
+    exposed_k_steps: float
     mmas_per_k_step_of_a_warp: float
     serial_instructions_of_a_warp: float
     epilogue_instructions: float
@@ -104,7 +111,14 @@ class TileWork:
 @functools.lru_cache(maxsize=65536)
 def tile_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     """Counts for one tile; they depend on nothing else. UnsupportedError for a scheme that no kernel decodes."""
-    return _wgmma_work(config, scheme) if config.family is Family.WGMMA else _mma_work(config, scheme)
+    if config.family is Family.MMA:
+        return _mma_work(config, scheme)
+    return _warp_work(config, scheme) if multiplies_in_warps(config, scheme) else _wgmma_work(config, scheme)
+
+
+def multiplies_in_warps(config: KernelConfig, scheme: QuantScheme) -> bool:
+    """Whether a kernel of the wgmma family multiplies with mma.sync: bf16 math and few tokens."""
+    return scheme.math is Math.BF16 and config.tile.n <= _WARPS_UP_TO_TOKENS
 
 
 def narrowest_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
@@ -162,7 +176,9 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
     wide = max(tokens, WGMMA_MIN_TOKENS)
     wgmmas = rows / WGMMA_ROWS * k_steps
     decode, group_sums = _decode_instructions(config, scheme, k_steps), _group_sum_instructions(config, scheme)
-    in_turn = group_sums > 0
+    in_turn = group_sums > 0 and scheme.math is not Math.BF16
+    # bf16 sums of a group wait once for two k-tiles, and the next fragments are decoded meanwhile.
+    k_tiles_per_wait = 2 if _scales_sums(config, scheme) else 1
     instructions = (
         wgmmas * WGMMA_WARPS
         + decode
@@ -181,11 +197,52 @@ def _wgmma_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
         k_tile_instructions=instructions,
         instructions_of_a_warp=instructions / warps,
         k_steps=k_steps,
-        exposed_k_steps=1 if in_turn else 0,
+        exposed_k_steps=1.0 / k_tiles_per_wait if group_sums > 0 else 0.0,
         mmas_per_k_step_of_a_warp=(rows / 16 / warps) * (wide / 8),
         serial_instructions_of_a_warp=(decode + group_sums) / warps if in_turn else 0.0,
         epilogue_instructions=rows * tokens / THREADS_PER_WARP * _wgmma_epilogue_instructions(scheme),
         stores_in_turn=min(tokens, THREADS_PER_WARP) * -(-tokens // (warps * THREADS_PER_WARP)),
+        output_bytes=2.0 * rows * tokens,
+        partial_sum_bytes=4.0 * rows * tokens * (config.split_k - 1),
+    )
+
+
+def _warp_work(config: KernelConfig, scheme: QuantScheme) -> TileWork:
+    """Few tokens in the wgmma family: every warp decodes and multiplies its own rows, and reads the next k-tile before
+    it multiplies this one, so that it waits for no result. Codes are multiplied as they are: a row of ones beside them
+    sums what lies above them in the mantissa, and float32 sums take scales and zero points every two k-tiles.
+    """
+    rows, tokens, warps = config.tile.m, config.tile.n, config.warps.num_warps
+    k_steps = K_TILE[scheme.math] // MMA_K[scheme.math]
+    weight_bytes, token_bytes = _k_tile_bytes(config, scheme)
+    has_offsets = scheme.weight_bits <= 4 or not scheme.is_symmetric
+    mmas = (rows / 16) * (tokens / 8) * k_steps
+    of_ones = warps * (tokens / 8) * k_steps if has_offsets else 0.0
+    each_sum = (1 + has_offsets) / (1 if scheme.group_size == K_TILE[scheme.math] else 2)
+    instructions = (
+        mmas
+        + of_ones
+        + rows / 16 * k_steps * 4 * _WARP_DECODE_INSTRUCTIONS[scheme.weight_bits]
+        + (rows * tokens / THREADS_PER_WARP * each_sum if has_offsets or scheme.group_size != -1 else 0.0)
+        + weight_bytes / WARP_COPY_BYTES
+        + warps * _WARP_LOOP_INSTRUCTIONS
+    )
+    return TileWork(
+        math=scheme.math,
+        k_tile=K_TILE[scheme.math],
+        k_tile_weight_bytes=weight_bytes,
+        k_tile_token_bytes=token_bytes,
+        k_tile_smem_bytes=2 * weight_bytes + token_bytes * (1 + warps),
+        k_tile_mmas=mmas,
+        k_tile_tensor_mmas=(mmas + of_ones) * MMA_SYNC_IN_WGMMAS,
+        k_tile_instructions=instructions,
+        instructions_of_a_warp=instructions / warps,
+        k_steps=k_steps,
+        exposed_k_steps=0.0,
+        mmas_per_k_step_of_a_warp=(rows / 16 / warps + has_offsets) * (tokens / 8) * MMA_SYNC_IN_WGMMAS,
+        serial_instructions_of_a_warp=0.0,
+        epilogue_instructions=rows * tokens / THREADS_PER_WARP * _wgmma_epilogue_instructions(scheme),
+        stores_in_turn=tokens,
         output_bytes=2.0 * rows * tokens,
         partial_sum_bytes=4.0 * rows * tokens * (config.split_k - 1),
     )
@@ -219,17 +276,33 @@ def _decode_instructions(config: KernelConfig, scheme: QuantScheme, k_steps: int
             [f"{scheme.weight_bits}-bit weights have no packing for {scheme.math.name} tensor cores"],
         )
     registers = config.tile.m / 16 * k_steps * 4 * config.warps.n
-    scaled = scheme.group_size != -1 and scheme.math is Math.BF16
+    scaled = scheme.group_size != -1 and scheme.math is Math.BF16 and not _scales_sums(config, scheme)
     each = _DECODE_INSTRUCTIONS[scheme.math, scheme.weight_bits] + (_SCALE_INSTRUCTIONS if scaled else 0.0)
     return registers * each
 
 
 def _group_sum_instructions(config: KernelConfig, scheme: QuantScheme) -> float:
-    """What group scales cost where the MMA sums codes: every accumulator is scaled once a k-tile."""
+    """What group scales cost where the MMA sums codes: every accumulator is scaled once a k-tile, in bf16 math once in
+    two.
+    """
+    if _scales_sums(config, scheme):
+        return config.tile.m * config.tile.n / THREADS_PER_WARP / 2
     if scheme.group_size == -1 or scheme.math is Math.BF16:
         return 0.0
     each = _GROUP_SUM_INSTRUCTIONS[scheme.math] + (_TOKEN_GROUP_INSTRUCTIONS if _has_token_groups(scheme) else 0.0)
     return config.tile.m * config.tile.n / THREADS_PER_WARP * each
+
+
+def _scales_sums(config: KernelConfig, scheme: QuantScheme) -> bool:
+    """Whether bf16 math scales a group's sums instead of its weights: wgmma, few tokens, groups of two k-tiles."""
+    return (
+        config.family is Family.WGMMA
+        and scheme.math is Math.BF16
+        and scheme.weight_bits <= 4
+        and scheme.group_size != -1
+        and scheme.group_size // K_TILE[Math.BF16] % 2 == 0
+        and config.tile.n <= _SUMS_UP_TO_TOKENS
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,14 +18,15 @@ from costmodel.analytic import (
     launch_latency,
     marginal_expert_cost,
 )
-from costmodel.constants import DEFAULT_CONSTANTS, MMA_K
+from costmodel.constants import DEFAULT_CONSTANTS, FEW_STAGES, MMA_K, PRODUCER_WARPS
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch
 from costmodel.work import K_TILE, expert_weight_bytes, split_load, tile_work, token_bytes
+from costmodel.work import multiplies_in_warps as counted_in_warps
 from kernel_gen.layouts import layout_of
 from kernel_gen.legality import estimated_facts
 from kernel_gen.smem import stage_layout
-from kernel_gen.smem_wgmma import wgmma_arrays
+from kernel_gen.smem_wgmma import SumOf, multiplies_in_warps, producer_warps, sum_of, wgmma_arrays
 from kernel_gen.space import Effort, candidates
 from profiles import kernels, loads, schemes
 from profiles.errors import SpecError, UnsupportedError
@@ -447,3 +448,27 @@ def test_wgmma_is_predicted_to_beat_mma_sync_where_it_matters() -> None:
 
 def test_every_math_has_a_k() -> None:
     assert set(MMA_K) == set(K_TILE) == set(Math)
+
+
+def test_few_tokens_in_bf16_take_what_they_multiply_of_the_wgmma_family_too() -> None:
+    decode = kernels.parse("wgmma_128x8_w4x1x1_s8_k1_at_o3")
+    coded = tile_work(decode, schemes.parse("w4a16_g-1_sym"))
+    # 8 row blocks and 4 k-steps, and a row of ones for each warp; a wgmma's time is that of 32 tokens.
+    assert coded.k_tile_mmas == 32
+    assert coded.k_tile_tensor_mmas == pytest.approx((32 + 16) * 0.80 / 0.62)
+    assert tile_work(decode, W16A16).k_tile_tensor_mmas == pytest.approx(32 * 0.80 / 0.62)
+    assert tile_work(decode, W8A8).k_tile_tensor_mmas == 4 * 32
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in KERNEL_SCHEMES if scheme.math is not Math.INT4], ids=str)
+def test_how_the_wgmma_family_multiplies_is_counted_as_its_kernels_do_it(scheme: QuantScheme) -> None:
+    layout = layout_of(scheme)
+    for tokens in (8, 16, 32):
+        config = kernels.parse(f"wgmma_128x{tokens}_w4x1x1_s8_k1_at_o3")
+        assert counted_in_warps(config, scheme) == multiplies_in_warps(layout, tokens)
+        if not multiplies_in_warps(layout, tokens):
+            waits = tile_work(config, scheme).exposed_k_steps > 0
+            assert waits == (sum_of(layout, tokens) is SumOf.GROUPS)
+    for stages in (2, 3, 4, 6):
+        config = kernels.parse(f"wgmma_128x32_w4x1x1_s{stages}_k1_at_o1")
+        assert PRODUCER_WARPS[stages < FEW_STAGES] == producer_warps(config)
