@@ -37,6 +37,8 @@ GROUPS = {"bf16 tokens": WIDE, "8-bit tokens": tuple(group for group in PeerClas
 
 
 BAND = "with 4.8 us of launch added"
+TOP = 1.4
+"""int8 reaches more of the tensor cores than cuBLAS does in the product that its peak is taken from."""
 
 
 def draw(compared: pd.DataFrame, peers: Mapping[Key, Peer], path: Path, *, band: str = BAND) -> None:
@@ -79,10 +81,10 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
         axis.text(0.5, 0.05, "ours: none", transform=axis.transAxes, ha="center", fontsize=9)
     axis.axhline(1.0, color="#888888", linewidth=0.8)
     axis.set_xscale("log", base=2)
-    ticks = (1, 16, 128, 512, 2048, 8192)
+    ticks = (1, 16, 64, 512, 2048, 8192)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(0, 1.25)
+    axis.set_ylim(0, TOP)
     axis.grid(alpha=0.3)
 
 
