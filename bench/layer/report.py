@@ -11,6 +11,7 @@ from kernel_gen.moe import Fusion
 
 DECODE_BAR, PREFILL_BAR = 3.4, 1.7
 CELL = ["model", "tokens", "seed"]
+PARTS = ("gather", "gemm 1", "swiglu", "gemm 2", "combine")
 BASE = "four"
 """What other choices of fusions are compared with."""
 
@@ -62,9 +63,11 @@ def parts(rows: pd.DataFrame) -> pd.DataFrame:
     keys = ["model", "tokens", "allocation"]
     found = []
     for key, group in prefixes.groupby(keys, sort=False):
-        times = group.sort_values("latency_us").set_index("part")["latency_us"]
-        found.append(dict(zip(keys, key, strict=True)) | times.diff().fillna(times).to_dict() | {"layer": times.max()})
-    order = [*keys, "gather", "gemm 1", "swiglu", "gemm 2", "combine", "layer"]
+        times = group.set_index("part")["latency_us"].reindex(PARTS).dropna()
+        found.append(
+            dict(zip(keys, key, strict=True)) | times.diff().fillna(times).to_dict() | {"layer": times.iloc[-1]}
+        )
+    order = [*keys, *PARTS, "layer"]
     frame = pd.DataFrame(found)
     return frame[[name for name in order if name in frame.columns]]
 

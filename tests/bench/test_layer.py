@@ -327,6 +327,7 @@ def rows() -> pd.DataFrame:
             row(mix, 55.0, part="without swiglu"),
             row(mix, 4.0, part="up to gather"),
             row(mix, 30.0, part="up to gemm 1"),
+            row(mix, 29.0, part="up to swiglu"),  # no launch of its own, and noise
             row(BF16.name, float("nan"), variant=Variant.TORCH, status="failed"),
         ]
     )
@@ -340,7 +341,7 @@ def test_the_report_compares_with_the_fastest_bf16_layer(rows) -> None:
     split = report.against_split(whole).iloc[0]
     assert split["gain, a launch a scheme"] == pytest.approx(1.5)
     assert split["gain, a launch a scheme, on streams"] == pytest.approx(1.2)
-    assert report.parts(rows).iloc[0][["gather", "gemm 1"]].tolist() == [4.0, 26.0]
+    assert report.parts(rows).iloc[0][["gather", "gemm 1", "swiglu", "layer"]].tolist() == [4.0, 26.0, -1.0, 29.0]
     assert report.fusions(rows).iloc[0]["without swiglu"] == pytest.approx(1.1)
     assert report.choices(rows).iloc[-1]["all"] == pytest.approx(1.25)
 
