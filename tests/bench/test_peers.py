@@ -257,3 +257,11 @@ def test_draws_are_reproducible_and_as_the_peers() -> None:
     assert draw_load(Draw.UNIFORM, 60, 512, 4).max - min(draw_load(Draw.UNIFORM, 60, 512, 4).tokens_per_expert) == 1
     with pytest.raises(SpecError, match="top 61"):
         draw_load(Draw.PEERS, 60, 512, 61)
+
+
+def test_what_is_read_by_default_comes_with_the_package() -> None:
+    """A measured run reads it too, to know what won before."""
+    from bench.peers.__main__ import RECORDED
+
+    root = Path(__file__).parents[2]
+    assert [path for path in RECORDED if not (root / path).is_file()] == []
