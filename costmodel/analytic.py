@@ -30,7 +30,8 @@ from costmodel.constants import DEFAULT_CONSTANTS, AnalyticConstants
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch, LaunchTable
 from costmodel.rounds import Rounds
-from costmodel.terms import Terms, norm
+from costmodel.terms import Terms
+from costmodel.tiles import TileCosts, TileTable, norm, shared_time
 from profiles.gpus import GpuSpec
 from profiles.kernels import GemmShape, KernelConfig
 from profiles.loads import TokenLoad
@@ -82,7 +83,7 @@ BREAKDOWN_COLUMNS = tuple(field.name for field in dataclasses.fields(LatencyBrea
 """Columns of what `launch_latencies` returns, in order."""
 
 
-SOURCES = ("analytic", "constants", "launches", "occupancy", "rounds", "terms", "work")
+SOURCES = ("analytic", "constants", "launches", "occupancy", "rounds", "splits", "terms", "tiles", "work")
 """Modules that decide a latency."""
 ROWS_AT_ONCE = 1 << 14
 
@@ -94,7 +95,8 @@ def launch_latencies(
 
     UnsupportedError if a scheme's math has no tensor cores on `gpu`.
     """
-    return solve(gpu, LaunchTable.of(launches), constants)
+    columns = solve_columns(gpu, LaunchTable.of(launches), TileCosts.of(gpu, launches, constants), constants)
+    return pd.DataFrame({name: columns[name] for name in BREAKDOWN_COLUMNS})
 
 
 def launch_latency(
@@ -130,40 +132,33 @@ def marginal_expert_cost(
     floor, no wave rounding; zero for no tokens, and never decreasing in tokens.
     """
     loads = [TokenLoad(tokens_per_expert=(int(count),), source="marginal") for count in tokens]
-    table = LaunchTable.of(
-        [Launch(shape=shape, load=load, schemes=(scheme,), config=config, facts=facts) for load in loads]
-    )
-    terms = Terms(gpu, table, constants)
-    full = terms.tile_us(table.ctas_per_sm[:, None])
-    share = (full.total * table.num_tiles).sum(axis=1) / (gpu.num_sms * table.ctas_per_sm)
-    return np.asarray(norm([share, terms.dram_us()], constants.overlap_squarings), dtype=np.float64)
-
-
-def solve(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS) -> pd.DataFrame:
-    """`launch_latencies` over launches already in columns."""
-    columns = solve_columns(gpu, table, constants)
-    return pd.DataFrame({name: columns[name] for name in BREAKDOWN_COLUMNS})
+    launches = [Launch(shape=shape, load=load, schemes=(scheme,), config=config, facts=facts) for load in loads]
+    table, tiles = LaunchTable.of(launches), TileTable.of(launches)
+    full = shared_time(gpu, tiles, constants).at(table.ctas_per_sm)[0]
+    share = (full * table.num_tiles).sum(axis=1) / (gpu.num_sms * table.ctas_per_sm)
+    dram_us = Terms(gpu, table, constants).dram_us()
+    return np.asarray(norm([share, dram_us], constants.overlap_squarings), dtype=np.float64)
 
 
 def solve_columns(
-    gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants = DEFAULT_CONSTANTS
+    gpu: GpuSpec, table: LaunchTable, tiles: TileCosts, constants: AnalyticConstants = DEFAULT_CONSTANTS
 ) -> dict[str, Array]:
     """`BREAKDOWN_COLUMNS` as arrays [R], and `costmodel.columns`' LAST_PARTS and STREAMING, in blocks that stay in the
-    CPU's cache.
+    CPU's cache. `tiles` are those of the table's launches.
     """
     if 0 < len(table) <= ROWS_AT_ONCE:
-        return _solve_block(gpu, table, constants)
-    starts = range(0, len(table), ROWS_AT_ONCE)
-    blocks = [_solve_block(gpu, table.rows(start, start + ROWS_AT_ONCE), constants) for start in starts]
+        return _solve_block(gpu, table, tiles, constants)
+    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(table), ROWS_AT_ONCE)]
+    blocks = [_solve_block(gpu, table.rows(rows), tiles.take(rows), constants) for rows in parts]
     if not blocks:
         return {name: np.empty(0) for name in (*BREAKDOWN_COLUMNS, *LAST_PARTS, *STREAMING)}
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants) -> dict[str, Array]:
+def _solve_block(gpu: GpuSpec, table: LaunchTable, tiles: TileCosts, constants: AnalyticConstants) -> dict[str, Array]:
     """The columns of some launches."""
     terms = Terms(gpu, table, constants)
-    rounds = Rounds(terms)
+    rounds = Rounds(terms, tiles)
     parts, streaming = rounds.parts(), rounds.streaming()
     busy, is_mixed, dram_bytes = rounds.num_tiles > 0, table.used.sum(axis=1) > 1, terms.dram_bytes()
     makespan = rounds.makespan(lambda a, b: norm([a, b], constants.overlap_squarings))
@@ -177,7 +172,7 @@ def _solve_block(gpu: GpuSpec, table: LaunchTable, constants: AnalyticConstants)
         "makespan_us": parts.pop("total").total,
         "dram_us": dram,
         **{f"{name}_us": part.total for name, part in parts.items()},
-        "roofline_us": terms.roofline_us(),
+        "roofline_us": terms.roofline_us(tiles.sheet_rates),
         "dram_bytes": dram_bytes,
         "flops": flops,
         "padding": np.where(busy, multiplied / np.maximum(flops, 1.0), 1.0),

@@ -13,6 +13,7 @@ from costmodel.analytic import solve_columns
 from costmodel.columns import CORE, LAST_PARTS, STREAMING
 from costmodel.kernel_use import KernelUse
 from costmodel.launches import LaunchTable
+from costmodel.tiles import TileCosts, TileTable
 from profiles.gpus import GpuSpec, Math
 from profiles.kernels import Family, Raster
 from profiles.schemes import QuantScheme
@@ -20,12 +21,12 @@ from profiles.schemes import QuantScheme
 Array = npt.NDArray[np.float64]
 
 
-def token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
+def token_columns(gpu: GpuSpec, table: LaunchTable, tiles: TileCosts) -> dict[str, Array]:
     """The columns that tokens decide."""
-    solved = solve_columns(gpu, table)
+    solved = solve_columns(gpu, table, tiles)
     names = (*CORE, *LAST_PARTS, *STREAMING, "makespan_us", "roofline_us", "waves")
     columns = {name: solved[name] for name in names}
-    tiles, tokens = table.num_tiles.sum(axis=1), table.num_tokens.sum(axis=1)
+    num_tiles, tokens = table.num_tiles.sum(axis=1), table.num_tokens.sum(axis=1)
     active = table.num_active.sum(axis=1)
     largest = (table.max_tokens * (table.num_token_tiles > 0)).max(axis=1)
     rounds = np.ceil(columns["waves"])
@@ -35,7 +36,7 @@ def token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
     return {
         **columns,
         "rounds": rounds,
-        "tiles_per_sm": np.ceil(tiles / gpu.num_sms),
+        "tiles_per_sm": np.ceil(num_tiles / gpu.num_sms),
         "largest_expert_tiles": largest,
         "num_active": active,
         "tail": np.where(rounds > 0, 1.0 - columns["waves"] / np.maximum(rounds, 1.0), 0.0),
@@ -48,7 +49,7 @@ def token_columns(gpu: GpuSpec, table: LaunchTable) -> dict[str, Array]:
     }
 
 
-def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -> dict[str, Array]:
+def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable, tiles: TileTable) -> dict[str, Array]:
     """The columns that tokens do not decide, one entry per kernel; means over slots go by their share of experts."""
     by_slot = [_shares(use.schemes) for use in uses]
     share = np.zeros(table.used.shape)
@@ -62,7 +63,7 @@ def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -
         return np.asarray([sum(part * value[s] for s, part in slots.items()) for slots in by_slot], dtype=np.float64)
 
     every = {scheme for slots in by_slot for scheme in slots}
-    mmas = np.where(table.used, table.k_tile_mmas, 1.0)
+    mmas = np.where(table.used, tiles.k_tile_mmas, 1.0)
     configs = [use.config for use in uses]
     rows_of_tile = np.asarray([config.tile.m for config in configs], dtype=np.float64)
     columns = {
@@ -84,14 +85,14 @@ def fixed_columns(gpu: GpuSpec, uses: Sequence[KernelUse], table: LaunchTable) -
         "grouped_share": of_scheme({scheme: float(scheme.group_size != -1) for scheme in every}),
         "zero_point_share": of_scheme({scheme: float(not scheme.is_symmetric) for scheme in every}),
         **{f"{math.value}_share": of_scheme({scheme: float(scheme.math is math) for scheme in every}) for math in Math},
-        "k_tiles": mean(table.num_k_tiles),
+        "k_tiles": mean(tiles.num_k_tiles),
         "feature_tiles": table.num_feature_tiles,
         "feature_padding": table.num_feature_tiles * rows_of_tile / table.n,
-        "instructions_per_mma": mean(table.k_tile_instructions / mmas),
-        "smem_bytes_per_mma": mean(table.k_tile_smem_bytes / mmas),
-        "bytes_per_mma": mean(table.k_tile_bytes / mmas),
-        "mmas_per_k_step_of_a_warp": mean(table.mmas_per_k_step_of_a_warp),
-        "stage_bytes": table.k_tile_bytes.max(axis=1),
+        "instructions_per_mma": mean(tiles.k_tile_instructions / mmas),
+        "smem_bytes_per_mma": mean(tiles.k_tile_smem_bytes / mmas),
+        "bytes_per_mma": mean(tiles.k_tile_bytes / mmas),
+        "mmas_per_k_step_of_a_warp": mean(tiles.mmas_per_k_step_of_a_warp),
+        "stage_bytes": tiles.k_tile_bytes.max(axis=1),
         "expert_bytes_per_l2": mean(table.expert_weight_bytes) / gpu.l2_bytes,
         "n": table.n,
         "k": table.k,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,13 @@ import pandas as pd
 
 from costmodel.blocks import for_blocks
 from costmodel.columns import FEATURES, INDEX
+from costmodel.constants import DEFAULT_CONSTANTS
 from costmodel.facts import BuildFacts
 from costmodel.feature_columns import fixed_columns, token_columns
 from costmodel.kernel_use import KernelUse, of_rows, use_of
 from costmodel.launches import Launch, LaunchTable
-from costmodel.work import split_load
+from costmodel.splits import split_all, width_table
+from costmodel.tiles import TileCosts, TileTable
 from profiles.errors import DataError
 from profiles.gpus import GpuSpec
 from profiles.gpus import gpu as find_gpu
@@ -82,14 +85,24 @@ class Kernels:
 
     def __init__(self, gpu: GpuSpec, uses: Sequence[KernelUse]) -> None:
         self.gpu, self.uses = gpu, tuple(uses)
-        self._table = LaunchTable.of([use.launch(_one_token_each(use)) for use in uses])
+        launches = [use.launch(_one_token_each(use)) for use in uses]
+        self._table, self._tiles = LaunchTable.of(launches), TileCosts.of(gpu, launches, DEFAULT_CONSTANTS)
         self._fixed = np.zeros((len(self.uses), len(FEATURES)), dtype=np.float32, order="F")
-        for name, values in fixed_columns(gpu, uses, self._table).items():
+        for name, values in fixed_columns(gpu, uses, self._table, TileTable.of(launches)).items():
             self._fixed[:, INDEX[name]] = values
-        groups: dict[tuple[tuple[QuantScheme, ...], tuple[int, ...]], int] = {}
-        keys = [(use.schemes if len(use.schemes) > 1 else (), use.config.token_widths) for use in uses]
-        self._group_of_use = np.asarray([groups.setdefault(key, len(groups)) for key in keys], dtype=np.intp)
-        self._groups = list(groups)
+        self._group_of_use = np.zeros(len(self.uses), dtype=np.intp)
+        self._splitters: list[_Splitter] = []
+        num_groups = 0
+        for schemes, rows in _by_schemes(self.uses).items():
+            widths = list(dict.fromkeys(self.uses[row].config.token_widths for row in rows))
+            for row in rows:
+                self._group_of_use[row] = num_groups + widths.index(self.uses[row].config.token_widths)
+            groups = slice(num_groups, num_groups + len(widths))
+            self._splitters.append(_Splitter(groups, _members(schemes), len(schemes), width_table(widths)))
+            num_groups = groups.stop
+        self._splitter_of_use = np.searchsorted(
+            [each.groups.stop for each in self._splitters], self._group_of_use, "right"
+        )
 
     def matrix(self, loads: Sequence[TokenLoad], use_of: Codes, load_of: Codes) -> Matrix:
         """float32 [R, len(FEATURES)], column-major: row r is kernel `use_of[r]` on load `load_of[r]`.
@@ -104,7 +117,7 @@ class Kernels:
         def work(rows: slice) -> None:
             out[rows] = np.take(self._fixed.T, use_of[rows], axis=1).T
             table = self._launches(use_of[rows], num_experts[load_of[rows]], splits, load_of[rows])
-            for name, column in token_columns(self.gpu, table).items():
+            for name, column in token_columns(self.gpu, table, self._tiles.take(use_of[rows])).items():
                 out[rows, INDEX[name]] = column
 
         for_blocks(len(use_of), work)
@@ -112,11 +125,10 @@ class Kernels:
 
     def _splits(self, loads: Sequence[TokenLoad], use_of: Codes, load_of: Codes) -> Array:
         """How each load splits into tiles, by kernels that split alike: [5, groups, loads, slots], see `_SPLIT`."""
-        counts = np.zeros((len(_SPLIT), len(self._groups), len(loads), self._table.used.shape[1]))
-        for code in np.unique(self._group_of_use[use_of] * len(loads) + load_of):
-            group, load = divmod(int(code), len(loads))
-            for slot, split in enumerate(_split(*self._groups[group], loads[load])):
-                counts[:, group, load, slot] = split
+        counts = np.zeros((len(_SPLIT), self._splitters[-1].groups.stop, len(loads), self._table.used.shape[1]))
+        for code in np.unique(self._splitter_of_use[use_of] * len(loads) + load_of):
+            splitter, load = divmod(int(code), len(loads))
+            self._splitters[splitter].split(loads[load], counts[:, :, load])
         return counts
 
     def _launches(self, use_of: Codes, num_experts: Array, splits: Array, load_of: Codes) -> LaunchTable:
@@ -136,16 +148,44 @@ _SPLIT = ("num_tokens", "num_active", "num_token_tiles", "num_full_tiles", "max_
 _TABLE_FIELDS = dataclasses.fields(LaunchTable)
 
 
-def _split(schemes: tuple[QuantScheme, ...], token_widths: tuple[int, ...], load: TokenLoad) -> list[tuple[float, ...]]:
-    """`_SPLIT` of each slot; no schemes: all experts share one."""
-    if schemes and len(schemes) != load.num_experts:
-        raise DataError(f"{len(schemes)} schemes for the {load.num_experts} experts of load {load.source!r}")
+@dataclass(frozen=True, slots=True)
+class _Splitter:
+    """Kernels whose experts have the same schemes: their `groups` by token widths, the experts of each slot (None: all
+    are of one), how many experts that fixes (0: any number), and a row of widths a group.
+    """
+
+    groups: slice
+    members: tuple[Codes | None, ...]
+    num_experts: int
+    widths: Codes
+
+    def split(self, load: TokenLoad, counts: Array) -> None:
+        """Writes `_SPLIT` of each group and slot to `counts` [5, groups, slots]. DataError for another number of
+        experts.
+        """
+        if self.num_experts and self.num_experts != load.num_experts:
+            raise DataError(f"{self.num_experts} schemes for the {load.num_experts} experts of load {load.source!r}")
+        tokens = np.asarray(load.tokens_per_expert, dtype=np.int64)
+        for slot, experts in enumerate(self.members):
+            counts[:, self.groups, slot] = split_all(tokens if experts is None else tokens[experts], self.widths)
+
+
+def _by_schemes(uses: Sequence[KernelUse]) -> dict[tuple[QuantScheme, ...], list[int]]:
+    """Rows of kernels by their experts' schemes; one for all is one whatever it is."""
+    found: dict[tuple[QuantScheme, ...], list[int]] = {}
+    for row, use in enumerate(uses):
+        found.setdefault(use.schemes if len(use.schemes) > 1 else (), []).append(row)
+    return found
+
+
+def _members(schemes: tuple[QuantScheme, ...]) -> tuple[Codes | None, ...]:
+    """The experts of each distinct scheme, in the order of `Launch.slots`."""
+    if not schemes:
+        return (None,)
     by_slot: dict[QuantScheme, list[int]] = {}
-    for scheme, count in zip(schemes, load.tokens_per_expert, strict=False):
-        by_slot.setdefault(scheme, []).append(count)
-    parts = [tuple(tokens) for tokens in by_slot.values()] if schemes else [load.tokens_per_expert]
-    found = [split_load(tokens, token_widths) for tokens in parts]
-    return [(s.num_tokens, s.num_active_experts, s.num_token_tiles, s.full_token_tiles, s.max_tokens) for s in found]
+    for expert, scheme in enumerate(schemes):
+        by_slot.setdefault(scheme, []).append(expert)
+    return tuple(np.asarray(experts, dtype=np.intp) for experts in by_slot.values())
 
 
 def _one_token_each(use: KernelUse) -> TokenLoad:

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from costmodel.launches import LaunchTable
-from costmodel.terms import Terms, TileTime
+from costmodel.terms import Terms
+from costmodel.tiles import TILE_PARTS, TileCosts
 
 Array = npt.NDArray[np.float64]
 NormOfTwo = Callable[[Array, Array], Array]
-TILE_PARTS = ("total", "tensor", "issue", "smem", "l2", "chain", "warp", "fetch", "epilogue")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class _Turns:
 class Rounds:
     """The rounds of a table of launches."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, tiles: TileCosts) -> None:
         table, num_sms = terms.table, terms.gpu.num_sms
         self._terms = terms
         self.resident = num_sms * table.ctas_per_sm
@@ -72,46 +72,44 @@ class Rounds:
         self.num = np.floor(self.num_tiles / self.resident)
         self.rest = self.num_tiles - self.num * self.resident
         # The first CTAs go to one SM after another; how those of a later round are spread nobody knows.
-        on_sm = np.where(self.num > 0, self.rest / num_sms + terms.constants.uneven_ctas, np.ceil(self.rest / num_sms))
-        last_ctas = np.clip(on_sm, 1.0, table.ctas_per_sm)
-        has_tails = bool(table.has_tail.any())
-        narrow = terms.narrowest() if has_tails else terms
-        self._full, self._last = narrow.tile_us(table.ctas_per_sm[:, None]), narrow.tile_us(last_ctas[:, None])
-        self._wider = self._widening(self._full) if has_tails else {}
+        mean = self.rest / num_sms
+        on_sm = np.where(self.num > 0, mean + terms.constants.uneven_ctas, np.ceil(mean))
+        self._full, self._last = tiles.full, tiles.narrow.at(np.clip(on_sm, 1.0, table.ctas_per_sm))
+        self._wider = self._widening(tiles.widening)
 
     def parts(self) -> dict[str, Part]:
         """The makespan's parts, by the names of TILE_PARTS."""
         share = np.where(self.rest > 0, 1.0 / (self.num + 1.0), 0.0)
-        found = {}
-        for name in TILE_PARTS:
-            in_full, in_last = self._taken(getattr(self._full, name), getattr(self._last, name))
-            wider = self._wider.get(name, 0.0)
-            found[name] = Part(total=in_full + in_last + wider, last=in_last + wider * share)
-        return found
+        in_full, in_last = self._taken()
+        total, last = in_full + in_last + self._wider, in_last + self._wider * share
+        return {name: Part(total=total[part], last=last[part]) for part, name in enumerate(TILE_PARTS)}
 
-    def _taken(self, full: Array, last: Array) -> tuple[Array, Array]:
-        """[R] each: what CTA 0's tiles take in the full rounds and in the last one, of [R, S] a tile."""
-        if full.shape[1] == 1:
-            return full[:, 0] * self.num, np.where(self.rest > 0, last[:, 0], 0.0)
-        turns = self._turns(full, last, self._terms.table.num_tiles)
-        return (turns.each * (turns.end - turns.begin)).sum(axis=1), turns.last
+    def _taken(self) -> tuple[Array, Array]:
+        """What CTA 0's tiles take in the full rounds and in the last one, [len(TILE_PARTS), R] each."""
+        if self._full.shape[2] == 1:
+            return self._full[:, :, 0] * self.num, self._last[:, :, 0] * (self.rest > 0)
+        turns = self._turns(self._full, self._last, self._terms.table.num_tiles)
+        return (turns.each * (turns.end - turns.begin)).sum(axis=-1), turns.last
 
     def _turns(self, full: Array, last: Array, tiles: Array) -> _Turns:
-        """Whose tile the first CTA takes, round by round, if those come first that take longest in a full round."""
-        resident, total = self.resident[:, None], tiles.sum(axis=1)[:, None]
+        """Whose tile the first CTA takes, round by round, if those come first that take longest in a full round. `full`
+        and `last` may have an axis before [R, S], of which each goes by itself.
+        """
+        resident, total = self.resident[:, None], tiles.sum(axis=-1)[:, None]
         num = np.floor(total / resident)
         if tiles.shape[1] == 1:
             of_last = np.where(total > num * resident, last, 0.0)[:, 0]
             return _Turns(each=full, begin=np.zeros_like(num), end=num, last=of_last)
-        order = np.argsort(-np.where(tiles > 0, full, -1.0), axis=1, kind="stable")
-        ends = np.cumsum(np.take_along_axis(tiles, order, axis=1), axis=1)
-        begins = ends - np.take_along_axis(tiles, order, axis=1)
+        order = np.argsort(-np.where(tiles > 0, full, -1.0), axis=-1, kind="stable")
+        in_order = np.take_along_axis(np.broadcast_to(tiles, order.shape), order, axis=-1)
+        ends = np.cumsum(in_order, axis=-1)
+        begins = ends - in_order
         holds_last = (begins <= num * resident) & (num * resident < ends)
         return _Turns(
-            each=np.take_along_axis(full, order, axis=1),
+            each=np.take_along_axis(full, order, axis=-1),
             begin=np.minimum(np.ceil(begins / resident), num),
             end=np.minimum(np.ceil(ends / resident), num),
-            last=(np.take_along_axis(last, order, axis=1) * holds_last).sum(axis=1),
+            last=(np.take_along_axis(last, order, axis=-1) * holds_last).sum(axis=-1),
         )
 
     def makespan(self, norm_of: NormOfTwo) -> Array:
@@ -121,8 +119,8 @@ class Rounds:
         """
         table, resident = self._terms.table, self.resident[:, None]
         num_rounds = np.maximum(self.num + (self.rest > 0), 1.0)
-        wider = (self._wider.get("total", 0.0) / num_rounds)[:, None]
-        tiles = self._turns(self._full.total, self._last.total, table.num_tiles)
+        wider = (self._wider[0] / num_rounds)[:, None]
+        tiles = self._turns(self._full[0], self._last[0], table.num_tiles)
         weight_tiles, tile_us = self._weight_tiles(), self._tile_dram_us()
         evenly = ((weight_tiles * tile_us).sum(axis=1) / num_rounds)[:, None]
         streams = np.floor(weight_tiles.sum(axis=1, keepdims=True) / resident)
@@ -158,24 +156,17 @@ class Rounds:
         tiles_of_expert = (table.num_feature_tiles * table.split_k)[:, None]
         return np.asarray(self._terms.dram_us_of(table.expert_weight_bytes) / tiles_of_expert, dtype=np.float64)
 
-    def _widening(self, narrow_full: TileTime) -> dict[str, Array]:
-        """What wider tiles than the narrowest take more, [R]: shared evenly among the CTAs, but never less than in the
-        one tile of the largest expert.
+    def _widening(self, more: Array) -> Array:
+        """What wider tiles than the narrowest take more, [len(TILE_PARTS), R]: shared evenly among the CTAs, but never
+        less than in the one tile of the largest expert. `more` [len(TILE_PARTS), R, S]: of one tile.
         """
-        rows = np.flatnonzero(self._terms.table.has_tail)
-        terms = self._terms if len(rows) == len(self.num) else self._terms.take(rows)
-        table = terms.table
-        wide = terms.tile_us(table.ctas_per_sm[:, None])
-        least = table.least_width[:, None]
-        wide_tiles = np.maximum(table.num_full_tiles - least * table.num_tiles, 0.0) / (1.0 - least)
-        each = wide_tiles / self.resident[rows, None]
-        of_one = (_widest(table) - least) / (1.0 - least)
-        found = {}
-        for name in TILE_PARTS:
-            more = np.maximum(getattr(wide, name) - getattr(narrow_full, name)[rows], 0.0)
-            found[name] = np.zeros(len(self.num))
-            found[name][rows] = np.maximum((more * each).sum(axis=1), (more * of_one).max(axis=1))
-        return found
+        table, least = self._terms.table, self._terms.table.least_width[:, None]
+        if bool((least == 1.0).all()):
+            return np.zeros(more.shape[:2])
+        room = np.where(least < 1.0, 1.0 - least, 1.0)
+        each = np.maximum(table.num_full_tiles - least * table.num_tiles, 0.0) / room / self.resident[:, None]
+        of_one = (_widest(table) - least) / room
+        return np.asarray(np.maximum((more * each).sum(axis=2), (more * of_one).max(axis=2)), dtype=np.float64)
 
     def streaming(self) -> Streaming:
         """Of launches with one scheme; of others, one full round without anything to read."""

@@ -1,5 +1,4 @@
-"""What a tile costs, counted, not timed: bytes, instructions and tensor work of one k-tile of one scheme, and how a
-token load splits into tiles.
+"""What a tile costs, counted, not timed: bytes, instructions and tensor work of one k-tile of one scheme.
 
 Counts follow the families' structure: weights are the MMA's M operand. mma: every warp column decodes the weights again
 for its own tokens, every warp row reads the tokens again, and the copies of a k-tile are spread over the CTA's threads.
@@ -13,9 +12,6 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import numpy as np
-import numpy.typing as npt
 
 from costmodel.constants import MMA_K, MMA_SYNC_IN_WGMMAS, WGMMA_MIN_TOKENS, WGMMA_ROWS
 from profiles.errors import UnsupportedError
@@ -302,35 +298,6 @@ def _scales_sums(config: KernelConfig, scheme: QuantScheme) -> bool:
         and scheme.group_size != -1
         and scheme.group_size // K_TILE[Math.BF16] % 2 == 0
         and config.tile.n <= _SUMS_UP_TO_TOKENS
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadSplit:
-    """A token load under one scheme, cut into token tiles. `full_token_tiles` is their width together in full tiles:
-    less than their number where experts end with narrower ones.
-    """
-
-    num_tokens: int
-    num_active_experts: int
-    num_token_tiles: int
-    full_token_tiles: float
-    max_tokens: int
-
-
-@functools.lru_cache(maxsize=65536)
-def split_load(tokens_per_expert: tuple[int, ...], token_widths: tuple[int, ...]) -> LoadSplit:
-    """Sums over the experts that have tokens; `token_widths` as a configuration has them, rising."""
-    tokens: npt.NDArray[np.int64] = np.asarray(tokens_per_expert, dtype=np.int64)
-    widths = np.asarray((0, *token_widths))
-    full, left = np.divmod(tokens, token_widths[-1])
-    last = widths[np.searchsorted(widths, left)]
-    return LoadSplit(
-        num_tokens=int(tokens.sum()),
-        num_active_experts=int(np.count_nonzero(tokens)),
-        num_token_tiles=int(full.sum() + np.count_nonzero(left)),
-        full_token_tiles=float((full * token_widths[-1] + last).sum()) / token_widths[-1],
-        max_tokens=int(tokens.max(initial=0)),
     )
 
 

@@ -21,7 +21,8 @@ from costmodel.analytic import (
 from costmodel.constants import DEFAULT_CONSTANTS, FEW_STAGES, MMA_K, PRODUCER_WARPS
 from costmodel.facts import BuildFacts
 from costmodel.launches import Launch
-from costmodel.work import K_TILE, expert_weight_bytes, split_load, tile_work, token_bytes
+from costmodel.splits import split_load
+from costmodel.work import K_TILE, expert_weight_bytes, tile_work, token_bytes
 from costmodel.work import multiplies_in_warps as counted_in_warps
 from kernel_gen.layouts import layout_of
 from kernel_gen.legality import estimated_facts
