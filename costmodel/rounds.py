@@ -2,9 +2,10 @@
 
 CTA i takes tiles i, i + grid, ...: after `num` rounds in which every CTA has a tile, `rest` CTAs have one more. That
 last round shares each SM among fewer CTAs, so its tiles are faster, but no other hides what they wait for. The launch
-ends with CTA 0, which takes the longest tile of each round; a resource's part of the makespan is what it would be if
-that were the only resource, its own longest tiles first. Where an expert's last token tile may be narrower than the
-others, a round takes the narrowest tile's time and what wider ones take above it is shared evenly among rounds.
+ends with CTA 0, which takes the longest tile of each full round, or with the longest of the last; a resource's part of
+the makespan is what it would be if that were the only resource, its own longest tiles first. Where an expert's last
+token tile may be narrower than the others, a round takes the narrowest tile's time and what wider ones take above it is
+shared evenly among rounds.
 
 Parts, the makespan, and what `phased` makes of one scheme's parts, whatever their factors, never fall when an expert
 gets more tokens: a tile takes no longer in the partial round than in a full one, and the norms of two addends are
@@ -52,7 +53,8 @@ class Streaming:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Turns:
     """Slots in the order in which their tiles are taken, [R, S]: what one of them is in a full round, and the rounds
-    `begin` up to `end` that begin with one; `last` [R] is that of the partial round.
+    `begin` up to `end` that begin with one; `last` [R] is the longest of the partial round, which need not be its
+    first: what takes longest on a full SM may not do so alone.
     """
 
     each: Array
@@ -104,12 +106,12 @@ class Rounds:
         in_order = np.take_along_axis(np.broadcast_to(tiles, order.shape), order, axis=-1)
         ends = np.cumsum(in_order, axis=-1)
         begins = ends - in_order
-        holds_last = (begins <= num * resident) & (num * resident < ends)
+        in_last = (in_order > 0) & (num * resident < ends)
         return _Turns(
             each=np.take_along_axis(full, order, axis=-1),
             begin=np.minimum(np.ceil(begins / resident), num),
             end=np.minimum(np.ceil(ends / resident), num),
-            last=(np.take_along_axis(last, order, axis=-1) * holds_last).sum(axis=-1),
+            last=np.where(in_last, np.take_along_axis(last, order, axis=-1), 0.0).max(axis=-1),
         )
 
     def makespan(self, norm_of: NormOfTwo) -> Array:

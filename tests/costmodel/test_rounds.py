@@ -2,6 +2,8 @@
 falls with tokens whatever its factors.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +53,29 @@ def test_where_every_tile_is_narrow_they_cost_what_narrow_tiles_cost(scheme: str
     assert of_launches(H200, [launch("wgmma_128x64_w8x1x1_s4_k1_at_o1", scheme, 2816, tokens)])["l2_us"][0] > (
         1.2 * found["l2_us"][0]
     )
+
+
+@pytest.mark.parametrize("ctas_per_sm", [3, 5])
+@pytest.mark.parametrize("config", ["wgmma_128x8_w4x1x1_s8_k1_at_o3", "mma_64x8_w4x1x1_s6_k1_at_o4"])
+def test_a_slower_scheme_in_the_last_round_makes_nothing_faster(config: str, ctas_per_sm: int) -> None:
+    """What takes longest on a full SM may be faster alone than what shares its round."""
+    of, loads = kernels.parse(config), [(0, 8), (1, 8), (8, 8), (64, 8)]
+    names = ("w8a8_g-1_sym", "w3a16_g128_asym", "w16a16", "w2a16_g-1_sym", "w4a16_g128_asym")
+    launches = [
+        Launch(
+            shape=GemmShape(m=0, n=4096, k=14336),
+            load=TokenLoad(tokens_per_expert=tokens, source="test"),
+            schemes=(schemes.parse(first), schemes.parse(second)),
+            config=of,
+            facts=nominal_facts(of, ctas_per_sm),
+        )
+        for first, second in itertools.permutations(names, 2)
+        for tokens in loads
+    ]
+    found = of_launches(H200, launches)
+    for name in ("latency_us", "makespan_us", *(f"{part}_us" for part in ("tensor", "issue", "smem", "chain", "warp"))):
+        grows = np.diff(found[name].to_numpy(dtype=np.float64).reshape(-1, len(loads)), axis=1)
+        assert (grows >= -1e-6).all(), name
 
 
 def test_one_large_expert_keeps_its_wide_tile() -> None:
