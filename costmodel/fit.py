@@ -19,6 +19,7 @@ from costmodel.sessions import usable
 from profiles.errors import DataError, UserError
 from profiles.interrupt import interruptible
 from profiles.journal import journal_path
+from profiles.records import Source
 from profiles.store import ProfileStore
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - started
-    print(f"{arguments.out}: latency model of {fitted.gpu} from {fitted.num_rows} launches, {seconds:.1f} s")
+    print(f"{arguments.out}: latency model of {fitted.gpu} from {described(rows)}, {seconds:.1f} s")
     return 0
 
 
@@ -64,6 +65,12 @@ def fit(rows: pd.DataFrame, *, seed: int = 0) -> FittedModel:
 
 
 MIN_ROWS = 50
+
+
+def described(rows: pd.DataFrame) -> str:
+    """How many launches, and that they are predictions where they are."""
+    is_measured = (rows["source"] == Source.MEASURED.value).all()
+    return f"{len(rows)} launches{'' if is_measured else ', predicted, none of them measured'}"
 
 
 def read_profiles(paths: Sequence[Path]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from costmodel.evaluation import MODEL, Evaluation
+from costmodel.fit import described
 from costmodel.plots import figures
 from costmodel.sessions import NoiseFloor
 from profiles.atomic import replacing
@@ -101,7 +102,7 @@ def _noise(noise: NoiseFloor) -> str:
 
 def _intro(found: Evaluation) -> list[str]:
     lines = [
-        f"{len(found.latency_us)} launches on {found.gpu}. Each row is predicted by a model that saw no row of its"
+        f"{described(found.profile)}, on {found.gpu}. Each row is predicted by a model that saw no row of its"
         " group. Regret: how much slower than the best measured configuration the predicted best is.",
         _noise(found.noise),
     ]

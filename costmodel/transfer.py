@@ -110,6 +110,8 @@ def as_json(unseen: Mapping[str, float], checked: pd.DataFrame) -> str:
 
 def _as_text(checked: pd.DataFrame) -> str:
     """A Markdown table of published figures, and how far off they are."""
+    if checked.empty:
+        return "No published figure is of these schemes: there is nothing to check such predictions against."
     lines = ["| GPU | scheme | experts | tokens | published, us | predicted, us | 90% interval | ratio | source |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in checked.to_dict("records"):

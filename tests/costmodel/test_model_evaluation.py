@@ -166,6 +166,20 @@ def test_commands(stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--seed: -1: it must not be negative" in capsys.readouterr().err
 
 
+def test_what_was_learned_from_predictions_says_so(
+    rows: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "predicted.parquet"
+    with ProfileStore(path) as store:
+        for row in rows.iloc[::9].assign(source="predicted").to_dict("records"):
+            store.append(ProfileRecord.from_row(row))
+    assert fit_command.main(["--profile", str(path), "--out", str(tmp_path / "model.npz")]) == 0
+    assert "launches, predicted, none of them measured, " in capsys.readouterr().out
+    few = {MODEL: lambda: LatencyModel(num_trees=2, num_folds=2)}
+    found = evaluate(rows.assign(source="predicted"), kinds=[HeldOut.MODEL], make=few, num_folds=2)
+    assert "launches, predicted, none of them measured, on h200" in write_report(found, tmp_path)[1].read_text()
+
+
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,16 @@ def unseen() -> pd.DataFrame:
     return profile(seed=5, mixes=0, models=("alpha", "beta"), gpu="rtx4090")
 
 
+def test_schemes_without_published_figures_are_priced(
+    measured: pd.DataFrame, unseen: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = unseen[unseen["schemes"].map(lambda names: names[0] == "w4a16_g128_sym")]
+    source, launches = _stored(measured.iloc[::2], tmp_path / "a"), _stored(only, tmp_path / "b")
+    arguments = ["--profile", str(source), "--launches", str(launches), "--out", str(tmp_path / "table.parquet")]
+    assert transfer.main(arguments) == 0
+    assert "No published figure is of these schemes" in capsys.readouterr().out
+
+
 def test_another_card_is_predicted_better_than_by_the_core(model: TransferModel, unseen: pd.DataFrame) -> None:
     X, y = features.of_profile(unseen), unseen["latency_us"].to_numpy()
     latency, lower, upper = model.predict(X, return_interval=True)
