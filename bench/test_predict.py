@@ -1,12 +1,14 @@
-"""Speed of prediction, CPU time: enumerating a space, filling a table of launches, solving it."""
+"""Speed of prediction, CPU time: enumerating a space, filling tables of launches and of their tiles, solving them."""
 
 import time
 from typing import Any
 
 import pytest
 
-from costmodel.analytic import solve
+from costmodel.analytic import solve_columns
+from costmodel.constants import DEFAULT_CONSTANTS
 from costmodel.launches import Launch, LaunchTable
+from costmodel.tiles import TileCosts
 from kernel_gen.legality import estimated_facts
 from kernel_gen.space import Effort, candidates, enumerate_configs
 from profiles import loads
@@ -53,9 +55,15 @@ def test_fill_table(benchmark: Any, launches: list[Launch]) -> None:
     benchmark.pedantic(LaunchTable.of, args=(launches,), rounds=21, warmup_rounds=1)
 
 
+def test_tile_costs(benchmark: Any, launches: list[Launch]) -> None:
+    benchmark.extra_info["launches"] = len(launches)
+    benchmark.pedantic(TileCosts.of, args=(GPU, launches, DEFAULT_CONSTANTS), rounds=21, warmup_rounds=1)
+
+
 def test_solve(benchmark: Any, launches: list[Launch]) -> None:
     benchmark.extra_info["launches"] = len(launches)
-    benchmark.pedantic(solve, args=(GPU, LaunchTable.of(launches)), rounds=31, warmup_rounds=1)
+    tables = LaunchTable.of(launches), TileCosts.of(GPU, launches, DEFAULT_CONSTANTS)
+    benchmark.pedantic(solve_columns, args=(GPU, *tables), rounds=31, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("effort", Effort, ids=lambda effort: effort.value)
