@@ -34,14 +34,16 @@ SAME_KERNEL, MIN_COMPARED = 0.015, 5
 """Two sources give the same kernels if half of at least so many launches that both ran differ by less. Same kernels two
 hours apart, H200, 2026-11-24: 0.0067.
 """
+MACHINE_CODE = "machine_code"
+"""Under which a row's `versions` may name the kernel's instructions: two builds with the same name are the same."""
 _TIMES = ["latency_us", "p20_us", "p80_us"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseFloor:
     """What no model can beat. `within_run`: half of p80 - p20 over the median, mean over rows. The rest is from
-    launches measured in two sessions, the clocks as they were: absolute relative differences, and what the best
-    configuration of one session loses in the other; None without repeats.
+    launches measured in two runs, the clocks as they were: absolute relative differences, and what the best
+    configuration of one run loses in the other; None without repeats.
     """
 
     within_run: float | None
@@ -88,7 +90,7 @@ def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
 
     A fingerprint covers a kernel's sources and its configuration, so that sources are told apart by kernels that were
     measured from two of them, and compared by the launches that both ran. A change that changes no time, a comment
-    say, drops nothing.
+    say, drops nothing; nor does one that leaves the machine code as it was, where rows say so (`MACHINE_CODE`).
     """
     if "kernel_fingerprint" not in rows:
         return rows
@@ -97,7 +99,7 @@ def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
     sessions = pd.Series(session_codes(rows))
     is_newest = sessions == sessions.groupby(kernel).transform("max")
     # One session may have several builds of a kernel, for more experts say: none replaces the other.
-    builds = kernel.astype(str) + rows["kernel_fingerprint"]
+    builds = kernel.astype(str) + _code_of(rows)
     replaced = ~builds.isin(builds[is_newest])
     logs, ids = rows["latency_us"].astype(float).map(np.log), candidate_ids(rows)
     change = logs - logs[~replaced].groupby(ids[~replaced]).mean().reindex(ids).to_numpy()
@@ -111,6 +113,15 @@ def of_present_kernels(rows: pd.DataFrame) -> pd.DataFrame:
             has_both = bool((was_replaced & ~replaced & (family == each) & (sessions == last_old)).any())
             kept &= (family != each) | ((sessions >= last_old + (not has_both)) & ~replaced)
     return rows[kept].reset_index(drop=True)
+
+
+def _code_of(rows: pd.DataFrame) -> pd.Series[str]:
+    """What kernel ran: its machine code where a row says it, else the fingerprint of what it was made from."""
+    sources = rows.get("kernel_fingerprint", pd.Series("", index=rows.index))
+    if "versions" not in rows:
+        return sources
+    code = rows["versions"].map(lambda versions: dict(versions).get(MACHINE_CODE))
+    return code.fillna(sources)
 
 
 def session_codes(rows: pd.DataFrame) -> Codes:
@@ -139,7 +150,7 @@ def clock_factors(rows: pd.DataFrame) -> Array:
 
 
 def noise_floor(profile: pd.DataFrame) -> NoiseFloor:
-    """From the quantiles of the finished rows, and from candidates measured in two sessions (the first two)."""
+    """From the quantiles of the finished rows, and from candidates measured in two runs (the first two)."""
     rows = finished(profile)
     spread = ((rows["p80_us"] - rows["p20_us"]) / (2.0 * rows["latency_us"])).astype(float).dropna()
     pairs = _pairs(rows)
@@ -157,12 +168,11 @@ def noise_floor(profile: pd.DataFrame) -> NoiseFloor:
 
 
 def _pairs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Candidates measured in several sessions: columns launch, once, again (microseconds)."""
-    each = pd.DataFrame({"session": session_codes(rows), "launch": launch_ids(rows)})
-    kernel = rows.get("kernel_fingerprint", pd.Series("", index=rows.index))
-    each["candidate"] = rows.groupby([candidate_ids(rows), kernel], sort=False).ngroup()
+    """Candidates measured twice or more, which one run never does: columns launch, once, again (microseconds)."""
+    each = pd.DataFrame({"launch": launch_ids(rows), "timestamp": rows["timestamp"]})
+    each["candidate"] = rows.groupby([candidate_ids(rows), _code_of(rows)], sort=False).ngroup()
     each["latency_us"] = rows["latency_us"].to_numpy(dtype=np.float64)
-    each = each.drop_duplicates(["candidate", "session"])
+    each = each.drop_duplicates(["candidate", "timestamp"])
     turn = each.groupby("candidate").cumcount()
     once, again = (each[turn == index].set_index("candidate") for index in range(2))
     both = once.join(again["latency_us"].rename("again"), how="inner")

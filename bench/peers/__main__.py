@@ -33,7 +33,9 @@ from profiles.schemes import QuantScheme
 if TYPE_CHECKING:
     from bench.peers.cells import Cell
 
-TABLES = ("hopper_v2", "mixed_v2", "few_tokens", "decode_v3", "mixed_v3", "mixtral_v3")
+TABLES = tuple(
+    f"earlier/{name}" for name in ("hopper_v2", "mixed_v2", "few_tokens", "decode_v3", "mixed_v3", "mixtral_v3")
+)
 """Of profiles/data/h200: those that have several configurations of every cell."""
 RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in TABLES)
 OUT = Path("docs/peers")

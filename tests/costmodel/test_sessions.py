@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from costmodel.sessions import (
+    MACHINE_CODE,
     MIN_COMPARED,
     MIN_SHARED,
     candidate_ids,
@@ -86,6 +87,22 @@ def test_rows_of_slower_sources_are_dropped_and_equal_ones_kept(once: pd.DataFra
     assert len(same) == len(once) + len(new)
     few = of_present_kernels(_both(once, new.iloc[: MIN_COMPARED - 1]))
     assert len(few) == MIN_COMPARED - 1, "too few to tell: what exists now counts"
+
+
+def test_other_sources_with_the_same_machine_code_drop_nothing(once: pd.DataFrame, again: pd.DataFrame) -> None:
+    def coded(rows: pd.DataFrame, code: str) -> pd.DataFrame:
+        return rows.assign(versions=[{MACHINE_CODE: code}] * len(rows))
+
+    new = coded(again.assign(kernel_fingerprint="changed").iloc[: MIN_COMPARED - 1], "same")
+    assert len(of_present_kernels(_both(coded(once, "same"), new))) == len(once) + len(new)
+    assert len(of_present_kernels(_both(coded(once, "other"), new))) == len(new)
+
+
+def test_one_session_that_measures_a_kernel_twice_counts_as_repeats(once: pd.DataFrame) -> None:
+    minute_later = once.assign(timestamp="2026-01-01T00:01:00+00:00", latency_us=once["latency_us"] * 1.02)
+    noise = noise_floor(_both(once, minute_later))
+    assert noise.num_repeats == len(once)
+    assert noise.between_runs_median == pytest.approx(0.02)
 
 
 def test_all_of_the_session_with_the_new_sources_stays(once: pd.DataFrame, again: pd.DataFrame) -> None:

@@ -9,7 +9,7 @@ from profiles.errors import DataError
 from profiles.gpus import gpu
 from profiles.places import committed_profiles
 
-SMALL = [path for path in committed_profiles("h200") if path.name == "mixed_v2.parquet"]
+SMALL = [path for path in committed_profiles("h200") if path.name == "repeat_v4.parquet"]
 
 
 def test_fitted_once_then_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_shares_sum_to_the_launch_and_idle_experts_are_not_free(scenario):
 
 
 def test_the_measured_profile_is_read_whole(request):
-    path = request.config.rootpath / "profiles" / "data" / "h200" / "hopper.parquet"
+    path = request.config.rootpath / "profiles" / "data" / "h200" / "earlier" / "hopper.parquet"
     profile = ProfileStore(path).records()
     source = "log-normal, sigma 0.7, 16 tokens, top 4, seed 0"
     evidence = Evidence.from_profile(profile, "qwen1.5-moe-a2.7b", {"decode": source})
@@ -93,7 +93,9 @@ def test_the_measured_profile_is_read_whole(request):
 
 
 def test_a_profile_that_does_not_fit_is_refused(request):
-    profile = ProfileStore(request.config.rootpath / "profiles" / "data" / "h200" / "hopper.parquet").records()
+    profile = ProfileStore(
+        request.config.rootpath / "profiles" / "data" / "h200" / "earlier" / "hopper.parquet"
+    ).records()
     with pytest.raises(DataError, match="no finished launches of nothing"):
         Evidence.from_profile(profile, "nothing")
     with pytest.raises(SpecError, match="no load 'night'"):
@@ -105,7 +107,7 @@ def test_a_profile_that_does_not_fit_is_refused(request):
 
 def test_measured_mixed_launches_are_predicted_from_uniform_ones(request):
     """On one H200, 2026-11-24: median error 5%, where the analytic model alone has 12%."""
-    folder = request.config.rootpath / "profiles" / "data" / "h200"
+    folder = request.config.rootpath / "profiles" / "data" / "h200" / "earlier"
     uniform, mixes = (ProfileStore(folder / f"{name}.parquet").records() for name in ("hopper", "mixed"))
     errors, plain = [], []
     for name in ("qwen1.5-moe-a2.7b", "mixtral-8x7b"):
