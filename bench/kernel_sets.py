@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from contextlib import AbstractContextManager
 from enum import Enum
 
 from costmodel.analytic import launch_latencies
-from costmodel.kernel_use import KernelUse
 from costmodel.pricing import KernelChooser
 from costmodel.shipped import fitted
 from kernel_gen.build import compile_and_gate
@@ -45,21 +43,13 @@ def ranked(
     by_core = launch_latencies(gpu, [use.launch(load) for use in uses])["latency_us"].to_numpy()
     orders = [by_core.argsort(kind="stable")]
     if ranking(gpu) is Ranking.FITTED:
-        asked = [_without_cluster(use) for use in uses]
-        orders.insert(0, KernelChooser(fitted(gpu).model, gpu, asked).latencies_us(load).argsort(kind="stable"))
+        orders.insert(0, KernelChooser(fitted(gpu).model, gpu, uses).latencies_us(load).argsort(kind="stable"))
     in_turn = dict.fromkeys(index for pair in zip(*orders, strict=True) for index in pair)
     return tuple(uses[index].config for index in in_turn)
 
 
 ALWAYS_TRIED = 2
 """The first of both latency models."""
-
-
-def _without_cluster(use: KernelUse) -> KernelUse:
-    """Clusters were recorded with a fault that made them 1.4 to 3 times as slow; since it is mended they take 0.9 to
-    1.1 times as long as their like without one (an H200, 8192 tokens, 2026-11-24).
-    """
-    return dataclasses.replace(use, config=dataclasses.replace(use.config, cluster=1))
 
 
 def shared(rankings: Sequence[Sequence[KernelConfig]], number: int) -> list[KernelConfig]:

@@ -33,10 +33,9 @@ from profiles.schemes import QuantScheme
 if TYPE_CHECKING:
     from bench.peers.cells import Cell
 
-TABLES = tuple(
-    f"earlier/{name}" for name in ("hopper_v2", "mixed_v2", "few_tokens", "decode_v3", "mixed_v3", "mixtral_v3")
-)
-"""Of profiles/data/h200: those that have several configurations of every cell."""
+EARLIER = ("hopper_v2", "mixed_v2", "few_tokens", "decode_v3", "mixed_v3", "mixtral_v3")
+TABLES = (*(f"earlier/{name}" for name in EARLIER), "drawn_v4", "mixed_v4")
+"""Of profiles/data/h200: those that have several configurations of every cell, three generations of kernels."""
 RECORDED = tuple(Path("profiles/data/h200") / f"{name}.parquet" for name in TABLES)
 OUT = Path("docs/peers")
 MODELS = ("qwen1.5-moe-a2.7b", "mixtral-8x7b", "deepseek-v2-lite", "qwen3-30b-a3b")
