@@ -125,6 +125,11 @@ class AnalyticConstants:
     holds as many. Of 0, 0.5, 1, 1.5 and as many as fit, 1 explained 2,521 launches of the wgmma family on an H200 best
     (2026-11-24). In the first round CTAs go to one SM after another, so that some SM has the mean rounded up."""
 
+    uneven_widths: float = 1.0
+    """Where an expert's last tile may be narrower, CTAs get wide ones as by lot, and the launch ends with the CTA that
+    has most: so many standard deviations above the mean. Of 0, 0.6, 1, 1.3 and 2, 1 explained an H200's launches best
+    (2026-11-24)."""
+
     overlap_squarings: int = 2
     """Resources work at the same time but not perfectly: times combine as a p-norm, p = 1 in turn, infinity perfectly.
     p is 2 to this power, so that the norm needs squares and roots only: 4, a guess.

@@ -4,8 +4,8 @@ CTA i takes tiles i, i + grid, ...: after `num` rounds in which every CTA has a 
 last round shares each SM among fewer CTAs, so its tiles are faster, but no other hides what they wait for. The launch
 ends with CTA 0, which takes the longest tile of each full round, or with the longest of the last; a resource's part of
 the makespan is what it would be if that were the only resource, its own longest tiles first. Where an expert's last
-token tile may be narrower than the others, a round takes the narrowest tile's time and what wider ones take above it is
-shared evenly among rounds.
+token tile may be narrower than the others, a round takes the narrowest tile's time and what wider ones take above it in
+the CTA that gets most of them is shared evenly among rounds.
 
 Parts, the makespan, and what `phased` makes of one scheme's parts, whatever their factors, never fall when an expert
 gets more tokens: a tile takes no longer in the partial round than in a full one, and the norms of two addends are
@@ -159,8 +159,9 @@ class Rounds:
         return np.asarray(self._terms.dram_us_of(table.expert_weight_bytes) / tiles_of_expert, dtype=np.float64)
 
     def _widening(self, more: Array) -> Array:
-        """What wider tiles than the narrowest take more, [len(TILE_PARTS), R]: shared evenly among the CTAs, but never
-        less than in the one tile of the largest expert. `more` [len(TILE_PARTS), R, S]: of one tile.
+        """What wider tiles than the narrowest take more, [len(TILE_PARTS), R]; `more` [len(TILE_PARTS), R, S]: of one
+        tile. CTAs get them as by lot: some CTA has `uneven_widths` standard deviations above the mean, but at most one
+        a round, and never less than the one tile of the largest expert takes.
         """
         table, least = self._terms.table, self._terms.table.least_width[:, None]
         if bool((least == 1.0).all()):
@@ -168,7 +169,11 @@ class Rounds:
         room = np.where(least < 1.0, 1.0 - least, 1.0)
         each = np.maximum(table.num_full_tiles - least * table.num_tiles, 0.0) / room / self.resident[:, None]
         of_one = (_widest(table) - least) / room
-        return np.asarray(np.maximum((more * each).sum(axis=2), (more * of_one).max(axis=2)), dtype=np.float64)
+        mean, rounds = each.sum(axis=1), np.maximum(self.num + (self.rest > 0), 1.0)
+        # Of mixed schemes the least difference: with it the whole never falls when one of them gets more tokens.
+        spread = self._terms.constants.uneven_widths * np.sqrt(mean * np.maximum(1.0 - mean / rounds, 0.0))
+        above = np.minimum(spread, rounds - mean) * np.where(table.used, more, np.inf).min(axis=2)
+        return np.asarray(np.maximum((more * each).sum(axis=2) + above, (more * of_one).max(axis=2)), dtype=np.float64)
 
     def streaming(self) -> Streaming:
         """Of launches with one scheme; of others, one full round without anything to read."""

@@ -88,6 +88,15 @@ def test_one_large_expert_keeps_its_wide_tile() -> None:
     assert tensor_us[0] == pytest.approx(tensor_us[2] / 4)
 
 
+def test_where_half_of_the_tiles_are_wide_some_cta_has_more_than_its_share() -> None:
+    """132 CTAs, 4 rounds of tiles of 128 or of 32 tokens."""
+    tailed, whole = "wgmma_128x128_w8x1x1_s4_k1_at_o1_t32", "wgmma_128x128_w8x1x1_s4_k1_at_o1"
+    narrow, mixed, wide = (launch(tailed, "w16a16", 1408, tokens) for tokens in ([32] * 48, [128, 32] * 24, [128] * 48))
+    found = of_launches(H200, [narrow, mixed, wide, launch(whole, "w16a16", 1408, [128] * 48)])["tensor_us"]
+    assert (found[0] + found[2]) / 2 < 0.95 * found[1]
+    assert found[1] < found[2] == pytest.approx(found[3])
+
+
 def test_a_partial_round_costs_more_than_its_share() -> None:
     """1.25 rounds of two CTAs an SM: the last quarter takes more than a quarter of a round, and not more than one."""
     config = "wgmma_256x16_w8x1x1_s5_k1_at_o2"
