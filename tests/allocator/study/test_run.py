@@ -87,12 +87,12 @@ def test_an_interrupted_study_goes_on_as_if_it_had_not_been(tmp_path, monkeypatc
         stop_at = 1 + sum(name.startswith("latency_us[") for t in first for name in t.user_attrs)
     price = type(evaluator).launches_us
 
-    def interrupted(self, choice, assignment, scenario):
+    def interrupted(self, *arguments):
         nonlocal calls
         calls += 1
         if calls == stop_at:
             raise KeyboardInterrupt
-        return price(self, choice, assignment, scenario)
+        return price(self, *arguments)
 
     monkeypatch.setattr(type(evaluator), "launches_us", interrupted)
     with open_storage(url) as storage, pytest.raises(KeyboardInterrupt):
