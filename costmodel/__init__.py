@@ -22,7 +22,7 @@ guide       which configurations to measure next; worth: whether to. Both tried 
             costmodel.replay`, worth_check
 drift       what changed since a model was fitted; recheck: which launches tell; recalibration: correct it,
             `python -m costmodel.recalibrate`; tried on made-up changes: `python -m costmodel.drift_check`
-blocks      long arrays on all cores; terms, tiles (what one takes) and splits (of loads into tiles): the analytic model's
+blocks      long arrays on all cores; the analytic model's: terms, tiles (what one takes), splits (loads into tiles)
 """
 
 from __future__ import annotations
