@@ -11,7 +11,7 @@ from costmodel.fit import fit, read_profiles
 from costmodel.model_file import FittedModel
 from costmodel.sessions import usable
 
-FOLDER = Path(__file__).parent.parent / "profiles" / "data" / "h200"
+FOLDER = Path(__file__).parent.parent / "profiles" / "data" / "h200" / "earlier"
 UNIFORM, MIXED = FOLDER / "hopper_v2.parquet", FOLDER / "mixed_v2.parquet"
 
 

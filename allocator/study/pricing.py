@@ -4,7 +4,7 @@ The model is the one that evidence brings, fitted on measurements, else the anal
 was measured costs what was measured. A mixed launch costs what the model says of its tile list under its load, times
 its schemes' mean ratio of measured to modelled, weighed by each scheme's share of the work: where a fitted model has
 not seen a launch the ratio is 1, where the analytic one has not it is that of the same tile. On 172 mixed launches of
-one H200 (mixed_v2.parquet, 2026-11-24) the median error is 5.4% by the analytic model (90% of them: 17%), 3.6% by one
+one H200 (earlier/mixed_v2.parquet, 2026-11-24) the median error is 5.4% by the analytic model (17% at 90%), 3.6% by one
 fitted without that set of schemes (12%).
 """
 

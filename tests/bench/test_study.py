@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bench.present import MIXED, UNIFORM
 from bench.study import METHODS, main, table
 
 
@@ -19,6 +20,10 @@ def test_the_comparison_is_made_and_the_study_wins_against_what_needs_no_luck(tm
     for name in ("sequential pipeline", "best uniform scheme", "TPE over blocks", "NSGA-II over blocks"):
         assert rows[name]["value"] is None or study["value"] < rows[name]["value"] * (1 + 1e-9)
     assert table(report) in capsys.readouterr().out
+
+
+def test_what_allocation_benches_read_is_there():
+    assert [path for path in (UNIFORM, MIXED) if not path.is_file()] == []
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path, capsys):
