@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
 
@@ -91,3 +91,15 @@ def compile_all(specs: Sequence[KernelSpec], gpu: GpuSpec) -> int:
     """Compiles what the cache lacks, with progress; how many could not be compiled."""
     gated = compile_and_gate(specs, gpu, KernelCache(root=default_cache_dir()), track=progress)
     return sum(kernel.status is not Status.REJECTED for kernel in gated.refused)
+
+
+def build_until_known(wanted: Callable[[], list[KernelSpec]], gpu: GpuSpec) -> tuple[list[KernelSpec], bool]:
+    """Compiles what is wanted until the cache knows all of it: what the gate refuses changes what is wanted next. What
+    that is in the end, and whether all of it could be compiled.
+    """
+    while True:
+        specs = wanted()
+        if all(standing(spec, gpu) is not Standing.UNKNOWN for spec in specs):
+            return specs, True
+        if compile_all(specs, gpu):
+            return specs, False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.kernel_sets import Standing, compile_all, ranked, shared, standing
+from bench.kernel_sets import Standing, build_until_known, ranked, shared, standing
 from bench.layer.allocations import BF16, Allocation, Group
 from bench.layer.cells import Cell
 from kernel_gen.cache import default_cache_dir
@@ -174,14 +174,13 @@ def _options(plan: Plan, gemm: GemmId) -> set[tuple[bool, bool, bool]]:
 
 def build_gemms(plan: Plan) -> list[KernelSpec]:
     """Compiles the plan's GEMMs until every launch has as many that the gate passes as it can have; what those are."""
-    while True:
-        specs = specs_needed(plan)
-        if all(standing(spec, plan.gpu) is not Standing.UNKNOWN for spec in specs):
-            return specs
-        failed = compile_all(specs, plan.gpu)
-        if failed:
-            return specs  # the compiler cannot make them now; the run says which it lacks
+
+    def wanted() -> list[KernelSpec]:
         _choices.cache_clear()
+        return specs_needed(plan)
+
+    specs, _ = build_until_known(wanted, plan.gpu)  # the run says which it lacks
+    return specs
 
 
 def steps_needed(plan: Plan) -> list[StepSpec]:

@@ -121,18 +121,14 @@ def build_all(arguments: argparse.Namespace) -> None:
     """Compiles what the cache lacks of the kernels that `--measure` with the same options runs, until every cell has as
     many that the gate passes as it can have. UserError: options that cannot be.
     """
-    from bench.kernel_sets import Standing, compile_all, standing
+    from bench.kernel_sets import build_until_known
     from bench.peers.cells import specs_of
 
     gpu = gpus.gpu(H200.gpu)
     listed = _cells(arguments)
-    while True:
-        specs = specs_of(_configs(listed, arguments, gpu), gpu)
-        if all(standing(spec, gpu) is not Standing.UNKNOWN for spec in specs):
-            break
-        if compile_all(specs, gpu):
-            print("some could not be compiled", file=sys.stderr)
-            break
+    specs, are_all = build_until_known(lambda: specs_of(_configs(listed, arguments, gpu), gpu), gpu)
+    if not are_all:
+        print("some could not be compiled", file=sys.stderr)
     print(f"{len(specs)} kernels, of {len(listed)} cells", file=sys.stderr)
 
 

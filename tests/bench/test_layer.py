@@ -106,7 +106,8 @@ def test_every_launch_is_built_before() -> None:
 def known(monkeypatch) -> dict:
     """What the cache knows of kernels, in place of this machine's."""
     found: dict = {}
-    monkeypatch.setattr("bench.layer.building.standing", lambda spec, gpu: found.get(spec, Standing.UNKNOWN))
+    for room in ("bench.layer.building", "bench.kernel_sets"):
+        monkeypatch.setattr(f"{room}.standing", lambda spec, gpu: found.get(spec, Standing.UNKNOWN))
     building._choices.cache_clear()
     yield found
     building._choices.cache_clear()
@@ -134,7 +135,7 @@ def test_what_the_gate_refuses_is_replaced(known, monkeypatch) -> None:
         known.update({spec: Standing.REFUSED if spec.config in bad else Standing.MAY_RUN for spec in new})
         return 0
 
-    monkeypatch.setattr("bench.layer.building.compile_all", compile_some)
+    monkeypatch.setattr("bench.kernel_sets.compile_all", compile_some)
     last = build_gemms(wanted)
     assert len(compiled) > 1
     assert all(known[spec] is Standing.MAY_RUN for spec in last)
