@@ -244,7 +244,7 @@ def _resource_reasons(
 
 def _register_reasons(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec) -> Iterator[str]:
     """What can be said before a compiler has seen the kernel."""
-    ctas, threads, margin = config.min_ctas_per_sm, config.num_threads, registers.MARGIN[config.family]
+    ctas, threads, margin = config.min_ctas_per_sm, config.num_threads, registers.margin(config)
     needed = registers.estimated_registers(config, schemes) + margin
     limit = registers.register_limit(config, gpu)
     if needed > limit:

@@ -22,12 +22,17 @@ BESIDE_A_WGMMAS_SUMS = 32
 """ptxas refuses a kernel (C7602) in which one wgmma's sums and this many registers are more than a thread has at
 launch, whatever setmaxnreg gives it later: so in 443 builds, without an exception.
 """
-NARROW_EPILOGUE = 8
+NARROW_EPILOGUE = 6
 """wgmma with 8-bit math: scales of two tokens and of each unit's rows, fetched before the k loop."""
-ANOTHER_LOOP = 14
-"""wgmma: what a further k loop, of another scheme or a narrower token tile, costs all of them: above the limit ptxas
-serialises their wgmmas (C7512). So in 25 builds (2026-11-24), 1 exception.
+ANOTHER_LOOP = {1: 4.5, 2: 4.5, 3: 5.0, 4: 9.0}
+"""wgmma, by the number of schemes: what a further k loop, of another scheme or a narrower token tile, costs all of them
+for each unit of 64 rows that a warpgroup has. Above the limit ptxas serialises their wgmmas (C7512), or spills. Of 143
+builds near their limit (one CTA an SM, 2026-11-24), 5 of the 90 that the estimate lets through did, and 52 of the 53
+that it refuses.
 """
+THREE_WARPGROUPS = 12
+K_STEP_WORDS = 4
+"""wgmma with 8-bit math: packed words that are read at once, of one k-step."""
 FREE_REGISTERS = 64
 """The same in the mma family where the compiler is not pressed: the median over those builds, most between 54 and 75.
 """
@@ -42,8 +47,16 @@ def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) ->
     layouts = [layout_of(scheme) for scheme in schemes]
     if config.family is Family.WGMMA:
         loops = sum(_pressing_loops(config, layout) for layout in layouts)
-        return max(_wgmma(config, layout) for layout in layouts) + (loops - 1) * ANOTHER_LOOP
+        another_loop = int(ANOTHER_LOOP[min(len(schemes), max(ANOTHER_LOOP))] * _units(config))
+        return max(_wgmma(config, layout) for layout in layouts) + (loops - 1) * another_loop
     return max(_mma(config, layout) for layout in layouts)
+
+
+def margin(config: KernelConfig) -> int:
+    """Registers beside the estimate. Three consumer warpgroups have a third less each, and a compiler that is pressed
+    finds a few: so in the 43 builds of `ANOTHER_LOOP` that have three.
+    """
+    return MARGIN[config.family] - (8 if config.family is Family.WGMMA and config.warps.m == THREE_WARPGROUPS else 0)
 
 
 def registers_at_launch(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec) -> int:
@@ -108,9 +121,8 @@ def _wgmma(config: KernelConfig, layout: Layout) -> int:
     registers, 128 bytes of each of the block's rows. Where 8-bit groups are summed, packed words and scales are dead
     while both kinds of sums live; elsewhere the next k-tile's words are on their way.
     """
-    consumers = config.num_threads - THREADS_PER_WARPGROUP
-    accumulators = config.tile.m * config.tile.n // consumers
-    units = config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // consumers
+    accumulators = config.tile.m * config.tile.n // (config.num_threads - THREADS_PER_WARPGROUP)
+    units = _units(config)
     fragments = units * (UNIT_ROWS * smem_wgmma.TOKEN_ROW_BYTES // 4 // THREADS_PER_WARPGROUP)
     zeros = 2 if layout.has_zero_points else 0
     if smem_wgmma.multiplies_in_warps(layout, config.tile.n):
@@ -120,5 +132,12 @@ def _wgmma(config: KernelConfig, layout: Layout) -> int:
         words = units * (_packed_words(layout) + zeros) if layout.math is Math.BF16 else 0
         return 2 * accumulators + fragments + words
     strips = (2 if layout.has_group_scales else 0) + zeros
-    epilogue = 0 if layout.math is Math.BF16 else NARROW_EPILOGUE
-    return accumulators + fragments + units * (_packed_words(layout) + strips) + epilogue
+    if layout.math is not Math.BF16:
+        return accumulators + fragments + units * (K_STEP_WORDS + strips) + NARROW_EPILOGUE
+    return accumulators + fragments + units * (_packed_words(layout) + strips)
+
+
+def _units(config: KernelConfig) -> int:
+    """Units of 64 rows that a consumer warpgroup of the wgmma family has."""
+    consumers = config.num_threads - THREADS_PER_WARPGROUP
+    return config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // consumers

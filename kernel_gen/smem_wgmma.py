@@ -28,8 +28,9 @@ OUTPUT_BYTES = 4096
 MANY_TOKENS = 128
 REGISTERS_PER_SM = 65_536
 MAX_CONSUMER_REGISTERS = 240
-PRODUCER_REGISTERS = {1: 40, 2: 32}
-FEW_PRODUCER_REGISTERS = 24
+PRODUCER_REGISTERS = 24
+"""What a producer needs (no build spilled there); two CTAs an SM and the narrowest tiles have more to spare."""
+SPARE_PRODUCER_REGISTERS = 32
 GROUPS_UP_TO_TOKENS = 16
 """Tile widths where scaling sums takes fewer instructions than scaling weights in bf16: a group of 128 columns has 64
 pairs of weights a thread and unit, and tile_n / 2 sums. At 32 both are close, and the sums take registers that three
@@ -151,9 +152,9 @@ def launch_registers(config: KernelConfig) -> int:
 
 
 def producer_registers(config: KernelConfig) -> int:
-    """What setmaxnreg leaves the producer warpgroup; consumers of the narrowest tiles spare it some."""
-    few = PRODUCER_REGISTERS[2] if config.tile.n <= WARPS_UP_TO_TOKENS else FEW_PRODUCER_REGISTERS
-    return PRODUCER_REGISTERS.get(config.min_ctas_per_sm, few)
+    """What setmaxnreg leaves the producer warpgroup."""
+    spare = config.min_ctas_per_sm == 2 or config.tile.n <= WARPS_UP_TO_TOKENS
+    return SPARE_PRODUCER_REGISTERS if spare else PRODUCER_REGISTERS
 
 
 def consumer_registers(config: KernelConfig) -> int:

@@ -83,6 +83,7 @@ class QuickPick:
     beside_wgmma: bool = False
     tails: tuple[int, ...] = (0,)
     cluster: int = 1
+    split_k: int = 1
 
 
 def _wgmma(
@@ -94,6 +95,7 @@ def _wgmma(
     *,
     tail: int = 0,
     cluster: int = 1,
+    split_k: int = 1,
 ) -> QuickPick:
     """With a tail where the registers allow the k loops for it, else without."""
     return QuickPick(
@@ -105,6 +107,7 @@ def _wgmma(
         max_stages=max_stages,
         tails=(tail, 0) if tail else (0,),
         cluster=cluster,
+        split_k=split_k,
     )
 
 
@@ -124,9 +127,12 @@ MMA_PICKS = (
 WGMMA_PICKS = (
     _wgmma(64, 8, 1, (4, 3, 2), 8),
     _wgmma(128, 8, 1, (3, 2), 8),
+    _wgmma(128, 8, 2, (2,), 8),
+    _wgmma(128, 8, 1, (3,), 8, split_k=4),
     _wgmma(192, 8, 1, (3, 2), 8),
     _wgmma(256, 8, 1, (2,), 6),
     _wgmma(256, 8, 2, (2,), 8),
+    _wgmma(256, 8, 2, (2,), 8, split_k=2),
     _wgmma(384, 8, 3, (1,), 8),
     _wgmma(128, 16, 1, (3, 2), 8, tail=8),
     _wgmma(192, 16, 1, (3, 2), 8),
@@ -134,19 +140,24 @@ WGMMA_PICKS = (
     _wgmma(256, 16, 2, (2,), 6),
     _wgmma(512, 16, 2, (1,), 6),
     _wgmma(128, 32, 1, (3, 2), 6),
+    _wgmma(128, 32, 2, (2,), 8, tail=8),
     _wgmma(128, 48, 2, (2, 1), 6),
     _wgmma(128, 64, 2, (2, 1), 6, tail=16),
     _wgmma(256, 64, 2, (1,), 6, tail=16),
     _wgmma(128, 128, 2, (1,), 5, tail=32),
     _wgmma(128, 128, 2, (1,), 5, tail=32, cluster=2),
+    _wgmma(128, 160, 2, (1,), 5),
+    _wgmma(128, 160, 2, (1,), 5, tail=80),
+    _wgmma(128, 160, 2, (1,), 5, tail=80, cluster=2),
+    _wgmma(192, 128, 3, (1,), 5, tail=32),
     _wgmma(128, 192, 2, (1,), 5, tail=48),
+    _wgmma(128, 192, 2, (1,), 5, tail=96),
     _wgmma(256, 128, 2, (1,), 4),
     _wgmma(256, 128, 2, (1,), 5, tail=32),
     _wgmma(128, 256, 2, (1,), 5, tail=64, cluster=2),
     _wgmma(256, 160, 2, (1,), 4),
 )
-"""Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing. No split-K, of which
-one timing in some 300 ended in a launch failure (docs/kernels.md): the full effort has it."""
+"""Decode first, prefill last; a rule none of whose members is legal for a scheme yields nothing."""
 
 
 def quick_picks(gpu: GpuSpec, families: Collection[Family] = ALL_FAMILIES) -> tuple[QuickPick, ...]:
@@ -289,17 +300,17 @@ def _full_wgmma() -> Iterator[KernelConfig]:
 
 
 def _sharings(tile_n: int, ctas: int) -> Iterator[tuple[int, int, int]]:
-    """(cluster, tail, split_k) worth considering: split-K of narrow tiles; tails down to a quarter or a half of a wide
-    tile; then also clusters.
+    """(cluster, tail, split_k) worth considering: split-K of narrow tiles; tails down to a quarter or a half of
+    a wide tile; then also clusters.
     """
     for split_k in SPLITS if tile_n <= FEW_TOKENS else (1,):
         yield 1, 0, split_k
     if tile_n == FEW_TOKENS:
         yield 1, tile_n // 2, 1
-    tail = next((tile_n // parts for parts in (4, 2) if tile_n % (16 * parts) == 0), 0)
-    if tile_n >= WIDE_TOKENS and ctas == 1 and tail:
-        yield 1, tail, 1
-        yield 2, tail, 1
+    if tile_n >= WIDE_TOKENS and ctas == 1:
+        for tail in (tile_n // parts for parts in (4, 2) if tile_n % (16 * parts) == 0):
+            yield 1, tail, 1
+            yield 2, tail, 1
 
 
 def _is_sensible(tile_m: int, tile_n: int, warps: WarpLayout) -> bool:
@@ -329,6 +340,7 @@ def _members(pick: QuickPick) -> Iterator[KernelConfig]:
                 ctas,
                 cluster=pick.cluster,
                 tail=tail,
+                split_k=pick.split_k,
             )
 
 

@@ -123,10 +123,10 @@ class MmaKernel:
         weights_at = weights.iterator.toint()
         y_at = y.iterator.toint()
         if const_expr(self.overlap and not self.prefetch):
-            self.wait_for_kernel_ahead()
+            ptx.wait_for_kernel_ahead()
         num_tiles = self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         if const_expr(self.prefetch):
-            self.wait_for_kernel_ahead()
+            ptx.wait_for_kernel_ahead()
         where = (table, lane, num_tiles, feature_tiles, ctas)
         what = (stages, tid, weights_at, activations, k, units)
         words = cute.make_rmem_tensor((NUM_WORDS,), Int32)
@@ -151,11 +151,6 @@ class MmaKernel:
                 else:
                     if slot == s:
                         self.run_tile(s, stage, cursor, where, what, at, threads)
-
-    def wait_for_kernel_ahead(self):
-        """What the kernel ahead wrote is there from here on, and the next one may be launched."""
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
     def aim(self, cursor, where, what):

@@ -8,6 +8,14 @@ from cutlass import Float32, Int32, Int64
 _ptx = cute.arch.inline_ptx
 
 
+def wait_for_kernel_ahead():
+    """sm_90: what the kernel ahead wrote is there from here on, and the next one may be launched. Whoever reads tokens,
+    their scales or writes Y has waited.
+    """
+    cute.arch.griddepcontrol_wait()
+    cute.arch.griddepcontrol_launch_dependents()
+
+
 def lds32(addr):
     return _ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[addr])
 

@@ -58,7 +58,7 @@ class SyncMainloop(WgmmaMainloop):
         loads that were issued before it, nor for what uses them: released right behind its loads, a stage was now and
         then written over before they were served. No instruction passes a wait, and what is behind it overwrites the
         registers, so that the loads are done there. Two stages are held while a third is waited for. Where no wait
-        follows, a fence waits for the loads.
+        follows, a fence waits for the loads. Stages are released in the order of k-tiles (see `Producer`).
         """
         part = total
         if const_expr(self.sums_apart):
@@ -95,10 +95,13 @@ class SyncMainloop(WgmmaMainloop):
                     self.add_part(total, part, ones, self.factors(odd, zeros))
             if const_expr(self.sums_apart and not self.ends_each_tile):
                 self.add_part(total, part, ones, factors)
+        last, before = odd_stage, even_stage
+        if k_tiles % 2 == 1:
+            last, before = even_stage, odd_stage
         ptx.fence_reads()
-        self.release(ring, even_stage)
         if k_tiles > 1:
-            self.release(ring, odd_stage)
+            self.release(ring, before)
+        self.release(ring, last)
         return stage, phase
 
     def sums(self, mma, kind):

@@ -14,6 +14,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from kernel_gen import smem_wgmma
+from kernel_gen.kernels import ptx
 from kernel_gen.kernels.scheduler import TileScheduler
 from kernel_gen.kernels.spec import KernelSpec
 from kernel_gen.kernels.split_k import ClusterSum
@@ -165,7 +166,7 @@ class WgmmaKernel:
         if const_expr(self.split_k > 1):
             cute.arch.cluster_arrive_relaxed()
         if const_expr(self.overlap and not self.prefetch):
-            self.wait_for_kernel_ahead()
+            ptx.wait_for_kernel_ahead()
         table = start + self.arrays.table
         self.scheduler.build(table, tid, self.num_threads, offsets, plan, num_tokens, feature_tiles)
         weights_at = weights.iterator.toint()
@@ -189,7 +190,7 @@ class WgmmaKernel:
                             if slot == s:
                                 at = (row, width, feature_tile, index, weights_at + s * 32, k, units, rank)
                                 ahead = self.slots[s].producer.prefetch(start, self.arrays, warp, at)
-                    self.wait_for_kernel_ahead()
+                    ptx.wait_for_kernel_ahead()
                 for tile in cutlass.range(first, num_tiles, walkers, unroll=1):
                     row, row_end, feature_tile, slot, index = self.scheduler.find(table, lane, tile, feature_tiles)
                     feature_tile = feature_tile * self.cluster + neighbour
@@ -204,7 +205,7 @@ class WgmmaKernel:
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             if const_expr(self.prefetch):
-                self.wait_for_kernel_ahead()
+                ptx.wait_for_kernel_ahead()
             stage = Int32(0)
             phase = Int32(0)
             turn = Int32(0)
@@ -227,13 +228,6 @@ class WgmmaKernel:
         if const_expr(self.cluster > 1):  # nor after it is gone
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
-
-    def wait_for_kernel_ahead(self):
-        """What the kernel ahead wrote is there from here on, and the next one may be launched. Whoever reads tokens,
-        their scales or writes Y has waited.
-        """
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
     def place(self):

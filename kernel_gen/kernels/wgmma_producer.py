@@ -17,6 +17,11 @@ class Producer:
 
     Tokens come in boxes, as many as the tile's width takes. In a cluster each CTA loads its share of the boxes into the
     shared memory of all; with split-K each loads its part of the k-tiles.
+
+    Consumers release stages in the order of k-tiles. A barrier tells a producer the parity of its phase only, and with
+    5 stages and 4 warps k-tile t and t + 5, of one stage, are different warps'. The warp of t + 5 filled t + 1 before,
+    for which t - 4 was released: if that did not mean that t - 5 was too, it would take the barrier to be a phase ahead
+    and fill the stage beside the warp of t, whose arrival then is one too many: an illegal instruction.
     """
 
     def __init__(self, facts, config, prefetches: bool) -> None:

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("cutlass")
 
 from tests.kernel_gen.gpu_cases import Case, kernel_for, run  # noqa: E402
-from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SHORT_GROUPS, SINGLE, SPLITS, WGMMA_CONFIGS  # noqa: E402
+from tests.kernel_gen.test_kernels_gpu import DECODE, MIDDLE, MIXED, SHORT_GROUPS, SINGLE, SPLITS, WGMMA_CONFIGS, WIDE  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -21,6 +21,7 @@ WATCHED = [(config, (name,)) for config, name in SINGLE if config in (DECODE, WG
 WATCHED += [(config, (name,)) for config, name in SINGLE if config in OTHER_TILES and ("128" in name or "a8" in name)]
 WATCHED += [(config, (name,)) for config, name in SHORT_GROUPS if config in (EIGHT_TOKENS, TAILS_OF_EIGHT)]
 WATCHED += [(config, names) for config, names in MIXED if config in (DECODE, WGMMA_CONFIGS[1], EIGHT_TOKENS)]
+WATCHED += [(config, names) for config, names in WIDE if len(names) > 1]
 
 
 @pytest.mark.parametrize(

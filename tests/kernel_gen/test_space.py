@@ -54,11 +54,26 @@ def test_quick_on_hopper_has_the_few_token_kernels_that_measured_fastest() -> No
         assert {c.tile.m for c in legal if c.tail == 8 and c.tile.n == 16} == {128, 256}
 
 
-def test_nothing_is_chosen_that_once_failed_to_launch() -> None:
-    """Split-K (docs/kernels.md) is for those who ask for it."""
-    w4 = [schemes.parse("w4a16_g128_sym")]
-    assert {c.split_k for c in candidates(w4, gpu("h200"), Effort.QUICK)} == {1}
-    assert {c.split_k for c in candidates(w4, gpu("h200"), Effort.FULL)} == {1, 2, 4}
+def test_split_k_is_tried_where_few_tiles_have_a_long_reduction() -> None:
+    """Tiles of 8 tokens (docs/kernels.md)."""
+    quick = candidates([W4A16], gpu("h200"), Effort.QUICK)
+    assert {(c.tile.m, c.split_k) for c in quick if c.split_k > 1} == {(128, 4), (256, 2)}
+    assert {c.tile.n for c in quick if c.split_k > 1} == {8}
+    assert {c.split_k for c in candidates([W4A16], gpu("h200"), Effort.FULL)} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("mix", "tiles"),
+    [
+        ("w4a8_g-1_sym+w8a8_g-1_sym", {(256, 128, 0), (256, 160, 0)}),
+        ("w4a8_g128_sym_e4m3+w8a8_g-1_sym_e4m3", {(128, 192, 96), (128, 160, 80), (128, 160, 0)}),
+        ("w2a16_g128_sym+w4a8_g128_sym_e4m3+w8a8_g-1_sym_e4m3", {(128, 160, 0), (128, 160, 80)}),
+    ],
+)
+def test_mixes_have_the_wide_tiles_of_prefill(mix: str, tiles: set[tuple[int, int, int]]) -> None:
+    """Registers hold the sums of both kinds of scales, of up to 192 tokens."""
+    legal = candidates([schemes.parse(name) for name in mix.split("+")], gpu("h200"), Effort.QUICK)
+    assert tiles <= {(c.tile.m, c.tile.n, c.tail) for c in legal}
 
 
 def test_quick_takes_the_most_stages_that_fit() -> None:

@@ -5,14 +5,15 @@ access: what is not there reads as zero and is not written.
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
+from kernel_gen.kernels.ptx import wait_for_kernel_ahead
+
 _ptx = cute.arch.inline_ptx
 
 
 def begin(overlap):
     """Wait for the results of the kernel before and let the next one be launched, if launches overlap."""
     if overlap:
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        wait_for_kernel_ahead()
 
 
 def ldg32(addr):
