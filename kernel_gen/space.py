@@ -197,15 +197,14 @@ def enumerate_configs(
             if found or not _is_duplicate(config, schemes, gpu, max_experts):
                 yield config, found
         return
-    seen: set[str] = set()
+    seen: dict[KernelConfig, tuple[str, ...]] = {}
     for pick in quick_picks(gpu, families):
         for config in _members(pick):
-            if config.name in seen:
-                continue
-            seen.add(config.name)
-            found = reasons(config, schemes, gpu, max_experts=max_experts, allow_emulated=allow_emulated)
-            yield config, found
-            if not found:
+            if config not in seen:
+                found = reasons(config, schemes, gpu, max_experts=max_experts, allow_emulated=allow_emulated)
+                seen[config] = found
+                yield config, found
+            if not seen[config]:
                 break
 
 
