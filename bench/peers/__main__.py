@@ -96,10 +96,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
 def report_measured(arguments: argparse.Namespace, *, command: str) -> str:
     """Markdown and picture of what was measured so far. DataError: nothing was, or the folder cannot be written."""
     from bench.peers.measured_report import measured_markdown, of_roofline
-    from bench.peers.measuring import read_measured, without_split_k
+    from bench.peers.measuring import read_measured
     from bench.peers.mixed_report import mixed_markdown
 
-    measured, peers = without_split_k(read_measured(_measured_path(arguments))), read_peers()
+    measured, peers = read_measured(_measured_path(arguments)), read_peers()
     try:
         if arguments.mixed:
             text = mixed_markdown(measured, command=command)

@@ -146,7 +146,6 @@ def _counted(values: pd.Series) -> str:
 
 
 def _means_of(published: pd.DataFrame) -> Iterator[str]:
-    yield "Rows of split-K, which nothing chooses by itself, are in the Parquet file and not in these tables."
     yield from ("", "## Against the published fractions", "")
     floor = two(published["floor_us"].median())
     yield "The same loads in distribution, one launch a replay, L2 cold: as the peers were timed, on another H200."

@@ -29,7 +29,6 @@ from bench.peers.recorded import roofline_bar
 from kernel_gen.measure import Inputs, Launch, LaunchError, Weights, verify
 from kernel_gen.sweeping.candidates import Workload
 from kernel_gen.timing import SampleRule, Timing, utc_now
-from profiles import kernels
 from profiles.atomic import replacing
 from profiles.errors import DataError, UserError
 from profiles.gpus import GpuSpec
@@ -245,15 +244,6 @@ def measure(
         yield cell, found
         if any(row["context_lost"] for row in found):
             return
-
-
-def without_split_k(measured: pd.DataFrame) -> pd.DataFrame:
-    """Without rows of ours that nothing chooses by itself: split-K, of which a launch failed once (docs/kernels.md)."""
-    split = [
-        contender == OURS and bool(config) and kernels.parse(config).split_k > 1
-        for contender, config in zip(measured["contender"], measured["config"], strict=True)
-    ]
-    return measured[[not each for each in split]]
 
 
 def read_measured(path: Path) -> pd.DataFrame:

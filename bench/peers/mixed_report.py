@@ -27,7 +27,6 @@ def _head(measured: pd.DataFrame, found: pd.DataFrame, command: str) -> Iterator
     yield f"On {gpus}, {measured['timestamp'].min()} to {measured['timestamp'].max()}."
     yield "Parts: each scheme's experts at the fraction of their roofline that the scheme reached alone, on all experts"
     yield f"under the same load, seconds before. Bar: at most {EXCESS_BAR:.0%} over the sum of the parts."
-    yield "Rows of split-K, which nothing chooses by itself, are in the Parquet file and not in these tables."
     known = found["excess"].dropna()
     yield ""
     if known.empty:

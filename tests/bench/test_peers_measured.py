@@ -354,15 +354,6 @@ def test_a_mixed_cell_runs_ours_only() -> None:
     assert all(row["is_mix"] and math.isnan(row["bar"]) for row in rows)
 
 
-def test_split_k_is_left_out_of_the_tables() -> None:
-    from bench.peers.measuring import without_split_k
-
-    split = CONFIG.replace("_k1_", "_k2_")
-    rows = [("bitile", CONFIG), ("bitile", split), ("triton", "16x64x128_w4_s4"), ("inputs", "")]
-    found = without_split_k(pd.DataFrame(rows, columns=["contender", "config"]))
-    assert list(found["config"]) == [CONFIG, "16x64x128_w4_s4", ""]
-
-
 def test_nothing_measured_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--report", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"{tmp_path / 'measured.parquet'} is not there: --measure writes it\n"
