@@ -60,7 +60,7 @@ def draw(compared: pd.DataFrame, peers: Mapping[Key, Peer], path: Path, *, band:
     for column, (_, title) in enumerate(columns[: len(GROUPS)]):
         axes[0][column].legend(handles=_legend(title), fontsize=7.5, loc="lower right", ncols=2, framealpha=0.9)
     figure.suptitle(
-        f"Fraction of the roofline on one H200, skewed loads: ours solid (band: {band}), fastest public kernel dashed",
+        f"Fraction of the roofline on an H200, skewed loads: ours solid (band: {band}), fastest public kernel dashed",
         fontsize=12,
     )
     with replacing(path) as temporary:
