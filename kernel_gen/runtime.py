@@ -139,6 +139,21 @@ def _is_ready(x: Tensor, experts: Experts) -> bool:
     return reads_bf16 and x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[1] % ROW_ALIGN == 0
 
 
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both are views of one storage whose bytes, from the first element to the last, overlap."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
+        return False
+    (a_begin, a_end), (b_begin, b_end) = _span_bytes(a), _span_bytes(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _span_bytes(tensor: Tensor) -> tuple[int, int]:
+    """From the first to behind the last element, in the storage."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = int(tensor.storage_offset()) * tensor.element_size()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
 def check_gpu(arch: str, device: torch.device) -> None:
     """SpecError unless the GPU is of the architecture that kernels were made for, such as sm_89."""
     found, name = _gpu_of(device)
@@ -177,13 +192,17 @@ class Kernel:
             experts: the linear's weights; their schemes are among the kernel's.
             offsets: int32 [E + 1] on the same device, rising from 0 to T. Not read by the host: out of range they are
                 clamped.
-            out: as Y, contiguous, its rows a multiple of 8 long.
+            out: as Y, contiguous, its rows a multiple of 8 long; no memory of x's.
         """
         check_launch(x, experts, offsets)
         self._check(experts)
         num_tokens = x.num_tokens if isinstance(x, Activations) else x.shape[0]
         columns = experts.n // 2 if self.spec.swiglu else experts.n
         y = self._output(num_tokens, columns, experts.device, out)
+        if out is not None and any(
+            _share_memory(out, read) for read in (x.tensors if isinstance(x, Activations) else (x,))
+        ):
+            raise SpecError("out: expected memory of its own, got some that x is read from while tiles are stored")
         if num_tokens:
             binding = experts.bind(self.spec.schemes)
             activations = x if isinstance(x, Activations) else prepare_activations(x, experts.schemes)

@@ -135,6 +135,16 @@ def test_importing_the_package_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_an_output_in_the_memory_of_the_tokens_is_refused() -> None:
+    bundle, memory = bundle_of(W4), tokens(2 * TOKENS, K)
+    x = memory.narrow(0, 0, TOKENS)
+    with pytest.raises(SpecError, match="out: expected memory of its own, got some that x is read from"):
+        launch(bundle, x=x, out=memory.as_strided((TOKENS, N), (N, 1), K))
+    assert bundle.calls == []
+    launch(bundle, x=x, out=memory.as_strided((TOKENS, N), (N, 1), TOKENS * K))
+    assert len(bundle.calls) == 1
+
+
 def test_what_fits_is_launched() -> None:
     bundle = bundle_of(W4)
     assert launch(bundle).shape == (TOKENS, N)
