@@ -25,11 +25,16 @@ launch, whatever setmaxnreg gives it later: so in 443 builds, without an excepti
 NARROW_EPILOGUE = 6
 """wgmma with 8-bit math: scales of two tokens and of each unit's rows, fetched before the k loop."""
 ANOTHER_LOOP = {1: 4.5, 2: 4.5, 3: 5.0, 4: 9.0}
-"""wgmma, by the number of schemes: what a further k loop, of another scheme or a narrower token tile, costs all of them
-for each unit of 64 rows that a warpgroup has. Above the limit ptxas serialises their wgmmas (C7512), or spills. Of 143
-builds near their limit (one CTA an SM, 2026-11-24), 5 of the 90 that the estimate lets through did, and 52 of the 53
-that it refuses.
+"""wgmma, one CTA an SM, by the number of schemes: what a further k loop, of another scheme or a narrower token tile,
+costs all of them for each unit of 64 rows that a warpgroup has.
 """
+FEW_LOOPS, ONE_OF_MANY_LOOPS = 4, 7.0
+"""More loops than so many cost at least this much each, and unit. Above the limit ptxas serialises their wgmmas
+(C7512), or spills. Of 143 builds near their limit (2026-11-24), 5 of the 90 that the estimate lets through did, and 52
+of the 53 that it refuses.
+"""
+LOOP_BESIDE_OTHER_CTAS = 14
+"""The same where several CTAs share an SM, whatever the units: so in 25 builds (2026-11-24), 1 exception."""
 THREE_WARPGROUPS = 12
 K_STEP_WORDS = 4
 """wgmma with 8-bit math: packed words that are read at once, of one k-step."""
@@ -47,8 +52,7 @@ def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) ->
     layouts = [layout_of(scheme) for scheme in schemes]
     if config.family is Family.WGMMA:
         loops = sum(_pressing_loops(config, layout) for layout in layouts)
-        another_loop = int(ANOTHER_LOOP[min(len(schemes), max(ANOTHER_LOOP))] * _units(config))
-        return max(_wgmma(config, layout) for layout in layouts) + (loops - 1) * another_loop
+        return max(_wgmma(config, layout) for layout in layouts) + (loops - 1) * _another_loop(config, schemes, loops)
     return max(_mma(config, layout) for layout in layouts)
 
 
@@ -83,6 +87,14 @@ def setmaxnreg_registers(config: KernelConfig) -> int:
         smem_wgmma.producer_registers(config) * THREADS_PER_WARPGROUP
         + smem_wgmma.consumer_registers(config) * consumers
     )
+
+
+def _another_loop(config: KernelConfig, schemes: Sequence[QuantScheme], loops: int) -> int:
+    """What each k loop but the first costs all."""
+    if config.min_ctas_per_sm > 1:
+        return LOOP_BESIDE_OTHER_CTAS
+    each = ANOTHER_LOOP[min(len(schemes), max(ANOTHER_LOOP))]
+    return int(_units(config) * (each if loops <= FEW_LOOPS else max(each, ONE_OF_MANY_LOOPS)))
 
 
 def _pressing_loops(config: KernelConfig, layout: Layout) -> int:
