@@ -35,16 +35,20 @@ of the 53 that it refuses.
 """
 LOOP_BESIDE_OTHER_CTAS = 14
 """The same where several CTAs share an SM, whatever the units: so in 25 builds (2026-11-24), 1 exception."""
-THREE_WARPGROUPS = 12
+LESS_MARGIN_OF_THREE_WARPGROUPS = 8
+"""Three consumer warpgroups have a third less registers each, and a compiler that is pressed finds a few: so in 43 of
+those 143 builds.
+"""
 K_STEP_WORDS = 4
 """wgmma with 8-bit math: packed words that are read at once, of one k-step."""
 FREE_REGISTERS = 64
-"""The same in the mma family where the compiler is not pressed: the median over those builds, most between 54 and 75.
+"""mma: what is not counted where the compiler is not pressed, the median over the builds of `MARGIN`, most between 54
+and 75.
 """
 
 
 def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) -> int:
-    """Registers that a multiplying thread needs, without `MARGIN`: accumulators, fragments, packed words.
+    """Registers that a multiplying thread needs, without `margin`: accumulators, fragments, packed words.
 
     Math with group scales whose sums are of codes (all but BF16) holds a group's sums and the whole sums at once. The
     precision is chosen per tile, so slots share their registers.
@@ -57,10 +61,9 @@ def estimated_registers(config: KernelConfig, schemes: Sequence[QuantScheme]) ->
 
 
 def margin(config: KernelConfig) -> int:
-    """Registers beside the estimate. Three consumer warpgroups have a third less each, and a compiler that is pressed
-    finds a few: so in the 43 builds of `ANOTHER_LOOP` that have three.
-    """
-    return MARGIN[config.family] - (8 if config.family is Family.WGMMA and config.warps.m == THREE_WARPGROUPS else 0)
+    """Registers beside the estimate."""
+    has_three = config.family is Family.WGMMA and _consumer_threads(config) == 3 * THREADS_PER_WARPGROUP
+    return MARGIN[config.family] - has_three * LESS_MARGIN_OF_THREE_WARPGROUPS
 
 
 def registers_at_launch(config: KernelConfig, schemes: Sequence[QuantScheme], gpu: GpuSpec) -> int:
@@ -82,11 +85,9 @@ def register_limit(config: KernelConfig, gpu: GpuSpec) -> int:
 
 def setmaxnreg_registers(config: KernelConfig) -> int:
     """Registers of a wgmma CTA after setmaxnreg; a launch that takes fewer waits for ever."""
-    consumers = config.num_threads - THREADS_PER_WARPGROUP
-    return (
-        smem_wgmma.producer_registers(config) * THREADS_PER_WARPGROUP
-        + smem_wgmma.consumer_registers(config) * consumers
-    )
+    return smem_wgmma.producer_registers(config) * THREADS_PER_WARPGROUP + smem_wgmma.consumer_registers(
+        config
+    ) * _consumer_threads(config)
 
 
 def _another_loop(config: KernelConfig, schemes: Sequence[QuantScheme], loops: int) -> int:
@@ -133,7 +134,7 @@ def _wgmma(config: KernelConfig, layout: Layout) -> int:
     registers, 128 bytes of each of the block's rows. Where 8-bit groups are summed, packed words and scales are dead
     while both kinds of sums live; elsewhere the next k-tile's words are on their way.
     """
-    accumulators = config.tile.m * config.tile.n // (config.num_threads - THREADS_PER_WARPGROUP)
+    accumulators = config.tile.m * config.tile.n // _consumer_threads(config)
     units = _units(config)
     fragments = units * (UNIT_ROWS * smem_wgmma.TOKEN_ROW_BYTES // 4 // THREADS_PER_WARPGROUP)
     zeros = 2 if layout.has_zero_points else 0
@@ -151,5 +152,9 @@ def _wgmma(config: KernelConfig, layout: Layout) -> int:
 
 def _units(config: KernelConfig) -> int:
     """Units of 64 rows that a consumer warpgroup of the wgmma family has."""
-    consumers = config.num_threads - THREADS_PER_WARPGROUP
-    return config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // consumers
+    return config.tile.m // UNIT_ROWS * THREADS_PER_WARPGROUP // _consumer_threads(config)
+
+
+def _consumer_threads(config: KernelConfig) -> int:
+    """Of a CTA of the wgmma family: all but its producer warpgroup's."""
+    return config.num_threads - THREADS_PER_WARPGROUP

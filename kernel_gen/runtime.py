@@ -139,6 +139,12 @@ def _is_ready(x: Tensor, experts: Experts) -> bool:
     return reads_bf16 and x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[1] % ROW_ALIGN == 0
 
 
+def _check_apart(out: Tensor, x: Tensor | Activations) -> None:
+    """SpecError where a launch would store tiles into what it still reads."""
+    if any(_share_memory(out, read) for read in (x.tensors if isinstance(x, Activations) else (x,))):
+        raise SpecError("out: expected memory of its own, got some that x is read from while tiles are stored")
+
+
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether both are views of one storage whose bytes, from the first element to the last, overlap."""
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
@@ -199,10 +205,8 @@ class Kernel:
         num_tokens = x.num_tokens if isinstance(x, Activations) else x.shape[0]
         columns = experts.n // 2 if self.spec.swiglu else experts.n
         y = self._output(num_tokens, columns, experts.device, out)
-        if out is not None and any(
-            _share_memory(out, read) for read in (x.tensors if isinstance(x, Activations) else (x,))
-        ):
-            raise SpecError("out: expected memory of its own, got some that x is read from while tiles are stored")
+        if out is not None:
+            _check_apart(out, x)
         if num_tokens:
             binding = experts.bind(self.spec.schemes)
             activations = x if isinstance(x, Activations) else prepare_activations(x, experts.schemes)

@@ -7,7 +7,7 @@ released before the one ahead of it, rings of one stage more than producers fill
 hundred thousand launches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -66,9 +66,8 @@ class Ring:
             first += count
         return steps
 
-    def successors(self, state: State) -> Iterator[State]:
+    def successors(self, state: State, steps: Sequence[tuple[str, int]]) -> Iterator[State]:
         """Where one step of any warp or copy leads. AssertionError where a stage is filled twice."""
-        steps = self.consumer_steps()
         for warp, done in enumerate(state.filled):
             k_tile = warp + done * self.producers
             stage, use = k_tile % self.stages, k_tile // self.stages
@@ -96,12 +95,13 @@ class Ring:
 
     def search(self) -> int:
         """The number of states. AssertionError where a stage is filled twice, or all wait for each other."""
+        steps = self.consumer_steps()
         seen = {self.start()}
         waiting = list(seen)
         while waiting:
             state = waiting.pop()
-            found = list(self.successors(state))
-            assert found or set(state.consumed) == {len(self.consumer_steps())}, f"deadlock: {state}"
+            found = list(self.successors(state, steps))
+            assert found or set(state.consumed) == {len(steps)}, f"deadlock: {state}"
             for after in found:
                 if after not in seen:
                     seen.add(after)
